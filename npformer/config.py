@@ -57,9 +57,7 @@ class TransformerConfig:
             if not 0 <= pad < size:
                 raise ValueError(f"{side}_pad_id={pad} is not in the {side} vocabulary of {size}")
         if self.activation not in ("relu", "gelu", "gelu_tanh"):
-            raise ValueError(
-                f"activation must be relu, gelu or gelu_tanh, got {self.activation!r}"
-            )
+            raise ValueError(f"activation must be relu, gelu or gelu_tanh, got {self.activation!r}")
         if self.positions not in ("sinusoidal", "learned"):
             raise ValueError(f"positions must be sinusoidal or learned, got {self.positions!r}")
         if self.share_embeddings and (

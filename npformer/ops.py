@@ -195,7 +195,7 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
 
 def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
     """exp(x), with zeros where masked, each row times any factor: softmax divides it out again."""
-    if -60 < x.min(initial=0) and x.max(initial=0) < 60:
+    if x.min(initial=0) > -60 and x.max(initial=0) < 60:
         # The usual case: e^±60 and its sums are far inside float32, so no row needs its maximum
         # subtracted.  One check of the whole array is 8 times cheaper than a maximum per row.
         e = np.exp(x)
@@ -229,7 +229,7 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     Hence `masked_fill(scores, ~mask, -np.inf)`.
     """
     _check_floats("masked_fill", x=x)
-    _check_boolean("masked_fill", mask, "may be overwritten")
+    check_boolean("masked_fill", mask, "may be overwritten")
     y = np.where(mask, value, x)
     shape = x.shape
 
@@ -395,7 +395,7 @@ def dropout(x: Array, p: float, rng: Rng | None) -> Forward:
 def dropout_mask(shape: tuple[int, ...], p: float, rng: Rng) -> Array:
     """True where an entry stays: the only place that draws, so the only one to record or replay."""
     n = math.prod(shape)
-    words = rng.bit_generator.random_raw(-(-n // 4))  # 64 random bits each: enough for 4 entries
+    words = rng.integers(2**64, size=-(-n // 4), dtype=np.uint64)  # 4 entries from each 64 bits
     bits = words.astype("<u8", copy=False).view("<u2")[:n]  # 16 bits resolve p to 1/65536
     return bits.reshape(shape) >= round(p * 2**16)
 
@@ -570,9 +570,11 @@ def _check_ids(op: str, ids: Array, n_rows: int) -> None:
     if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
         kind = ids.dtype if isinstance(ids, np.ndarray) else type(ids).__name__
         raise TypeError(f"{op}: ids must be an integer array, got {kind}")
-    if ids.size and not (0 <= ids.min() and ids.max() < n_rows):
+    if ids.size and not (ids.min() >= 0 and ids.max() < n_rows):
         bad = ids[(ids < 0) | (ids >= n_rows)].flat[0]
-        raise ValueError(f"{op}: id {bad} is not in the vocabulary of {n_rows} (ids 0..{n_rows - 1})")
+        raise ValueError(
+            f"{op}: id {bad} is not in the vocabulary of {n_rows} (ids 0..{n_rows - 1})"
+        )
 
 
 def _check_attention(q: Array, k: Array, mask: Mask) -> None:
@@ -583,7 +585,9 @@ def _check_attention(q: Array, k: Array, mask: Mask) -> None:
             f"got shapes {q.shape} and {k.shape}"
         )
     if k.shape[-2] == 0:
-        raise ValueError(f"attention: there are no keys to attend to (S = 0), k has shape {k.shape}")
+        raise ValueError(
+            f"attention: there are no keys to attend to (S = 0), k has shape {k.shape}"
+        )
     _check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
 
 
@@ -596,7 +600,7 @@ def _check_values(k: Array, v: Array) -> None:
         )
 
 
-def _check_boolean(op: str, mask: Array, meaning: str) -> None:
+def check_boolean(op: str, mask: Array, meaning: str) -> None:
     """A mask is boolean and nothing else; say how to convert what it looks like."""
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
         return
@@ -617,7 +621,7 @@ def _check_boolean(op: str, mask: Array, meaning: str) -> None:
 def _check_mask(op: str, mask: Mask, shape: tuple[int, ...]) -> None:
     if mask is None:
         return
-    _check_boolean(op, mask, "may attend")
+    check_boolean(op, mask, "may attend")
     aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
     if mask.ndim > len(shape) or any(m not in (1, n) for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"

@@ -1,0 +1,71 @@
+"""Multi-head attention   [Vaswani et al. 2017, § 3.2.2].
+
+Shapes  B batch, T query positions, S key positions, C model width, H heads, D = C / H.
+"""
+
+import numpy as np
+
+from npformer import ops
+from npformer.layers import Linear
+from npformer.module import Module
+from npformer.ops import Array, Forward, Mask, Rng
+
+
+def split_heads(x: Array, n_heads: int) -> Array:  # (B, T, C) -> (B, H, T, D)
+    """Only moves entries around, as does merge_heads: each is the other's inverse and backward."""
+    B, T, C = x.shape
+    return x.reshape(B, T, n_heads, C // n_heads).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: Array) -> Array:  # (B, H, T, D) -> (B, T, C)
+    B, H, T, D = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
+
+
+class MultiHeadAttention(Module):
+    """H attentions side by side, each on its own slice of C, then a mixture of what they found.
+
+    query (B, T, C)   key, value (B, S, C)   mask -> (B, H, T, S)   ->   y (B, T, C)
+
+    `query` asks, `key` is matched, `value` is returned.  Self-attention: all three are one x.
+    Cross-attention: the decoder asks, and key and value are the encoder's output.  `backward`
+    returns dquery, dkey, dvalue; whoever passed one array twice adds the two gradients.
+    """
+
+    def __init__(
+        self, d_model: int, n_heads: int, dropout: float = 0.0, *, rng: Rng, dtype=np.float32
+    ):
+        if d_model % n_heads:
+            raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
+        self.n_heads, self.dropout = n_heads, dropout
+        self.q_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+        self.k_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+        self.v_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+        self.out_proj = Linear(d_model, d_model, rng=rng, dtype=dtype)
+
+    def forward(
+        self, query: Array, key: Array, value: Array, mask: Mask = None, rng: Rng | None = None
+    ) -> Forward:
+        _check_rank(query=query, key=key, value=value)
+        q, backward_q = self.q_proj(query)  # (B, T, C)
+        k, backward_k = self.k_proj(key)  # (B, S, C)
+        v, backward_v = self.v_proj(value)  # (B, S, C)
+        qh, kh, vh = (split_heads(a, self.n_heads) for a in (q, k, v))  # (B, H, T or S, D)
+        yh, backward_attention = ops.attention(qh, kh, vh, mask, self.dropout, rng)  # (B, H, T, D)
+        y, backward_out = self.out_proj(merge_heads(yh))  # (B, T, C)
+
+        def backward(dy):
+            dyh = split_heads(backward_out(dy), self.n_heads)  # (B, H, T, D)
+            dq, dk, dv = (merge_heads(d) for d in backward_attention(dyh))
+            return backward_q(dq), backward_k(dk), backward_v(dv)
+
+        return y, backward
+
+
+def _check_rank(**inputs: Array) -> None:
+    for name, x in inputs.items():
+        if x.ndim != 3:
+            raise ValueError(
+                f"MultiHeadAttention: {name} must be (B, T or S, C), got shape {x.shape}; "
+                "a batch of one sequence is x[None]"
+            )

@@ -1,0 +1,146 @@
+"""A model on disk: a folder with config.json and model.safetensors, for both twins and for others.
+
+Every file is written whole beside its place and then renamed into it, so a crash leaves the old
+file or the new one, never a part.  The config also travels inside model.safetensors, so that
+weights and config are replaced in *one* rename; config.json is there to be read by people and by
+other programs.  Nothing is unpickled: safetensors is a JSON header and raw numbers.
+
+Imports NumPy, safetensors and the config; no model.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npformer.config import TransformerConfig
+
+CONFIG, MODEL = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or written: one line with its path and the reason."""
+
+
+@contextmanager
+def blame(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong inside into a CheckpointError that names `path`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def save(folder: str | Path, config: TransformerConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write config.json and model.safetensors into `folder`, which is made if need be."""
+    folder, text = Path(folder), config.to_json()
+    with blame(folder / CONFIG):
+        if (folder / CONFIG).exists() and (folder / CONFIG).read_text(encoding="utf-8") != text:
+            (folder / CONFIG).unlink()  # of another model; its weights carry a copy of their own
+    save_tensors(folder / MODEL, tensors, {"config": text})
+    write_atomically(folder / CONFIG, text.encode())
+
+
+def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
+    """The config and the tensors of a checkpoint folder.
+
+    Raises CheckpointError if a file is missing, truncated, foreign, or the two do not agree.
+    """
+    folder = Path(folder)
+    with blame(folder / MODEL):
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such checkpoint folder")
+        tensors, metadata = load_tensors(folder / MODEL)
+    with blame(folder / CONFIG):
+        # The copy inside the weights is the one that cannot be out of step with them.
+        text = metadata.get("config") or (folder / CONFIG).read_text(encoding="utf-8")
+        config = TransformerConfig.from_json(text)
+        if (folder / CONFIG).exists():
+            written = TransformerConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+            if written != config:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: describes another model than {MODEL} beside it was saved with"
+                )
+    return config, tensors
+
+
+def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `state` has exactly the expected names and shapes."""
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    if missing or unknown:
+        parts = [
+            f"{what} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+            for what, names in (("lacks", missing), ("has unknown", unknown))
+            if names
+        ]
+        raise ValueError(f"the weights do not fit this model: {' and '.join(parts)}")
+    for name, shape in expected.items():
+        if tuple(state[name].shape) != tuple(shape):
+            raise ValueError(
+                f"the weights do not fit this model: {name} is {tuple(state[name].shape)}, "
+                f"the model's is {tuple(shape)}"
+            )
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file atomically; `metadata` is a flat dict of strings."""
+    from safetensors.numpy import save as to_bytes
+
+    # safetensors writes the memory of an array as it lies: a transposed view would come back wrong.
+    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    write_atomically(path, to_bytes(arrays, metadata=dict(metadata)))
+
+
+def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    from safetensors import safe_open
+
+    with blame(path), safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, dict(file.metadata() or {})
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def load_json(path: str | Path) -> Any:
+    with blame(path):
+        try:
+            return json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not JSON ({error})") from None
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write beside the place, flush to disk, rename into it: a reader sees the old or the new."""
+    path = Path(path)
+    with blame(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

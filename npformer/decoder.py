@@ -1,0 +1,158 @@
+"""The decoder: one layer, then the stack   [Vaswani et al. 2017, § 3.1, figure 1 right].
+
+An encoder layer with one sublayer more, in the middle: cross-attention, where the decoder asks and
+`memory`, the encoder's output, answers.  (A decoder-only model has no memory, and its layers are
+encoder layers under a causal mask: see transformer.py.)
+"""
+
+import numpy as np
+
+from npformer.attention import MultiHeadAttention
+from npformer.feedforward import FeedForward
+from npformer.layers import LayerNorm
+from npformer.module import Module
+from npformer.ops import Array, Forward, Mask, Rng, dropout
+
+
+class DecoderLayer(Module):
+    """Self-attention, cross-attention, feed-forward; a residual and a LayerNorm around each.
+
+    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+
+    `backward` returns dx, dmemory.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        activation: str = "relu",
+        norm_first: bool = False,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        sublayer_dropout: float = 0.0,
+        eps: float = 1e-5,
+        rng: Rng,
+        dtype=np.float32,
+    ):
+        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.self_attn = MultiHeadAttention(
+            d_model, n_heads, attention_dropout, rng=rng, dtype=dtype
+        )
+        self.cross_attn = MultiHeadAttention(
+            d_model, n_heads, attention_dropout, rng=rng, dtype=dtype
+        )
+        self.feed_forward = FeedForward(
+            d_model, d_ff, activation, activation_dropout, rng=rng, dtype=dtype
+        )
+        self.norm1 = LayerNorm(d_model, eps, dtype=dtype)
+        self.norm2 = LayerNorm(d_model, eps, dtype=dtype)
+        self.norm3 = LayerNorm(d_model, eps, dtype=dtype)
+
+    def forward(
+        self,
+        x: Array,
+        memory: Array,
+        mask: Mask = None,
+        memory_mask: Mask = None,
+        rng: Rng | None = None,
+    ) -> Forward:
+        forward = self.pre_norm if self.norm_first else self.post_norm
+        return forward(x, memory, mask, memory_mask, rng)
+
+    def post_norm(
+        self, x: Array, memory: Array, mask: Mask, memory_mask: Mask, rng: Rng | None
+    ) -> Forward:
+        a, backward_attn = self.self_attn(x, x, x, mask, rng)  # (B, T, C)
+        kept_a, backward_drop1 = dropout(a, self.dropout, rng)
+        g, backward_norm1 = self.norm1(x + kept_a)
+
+        c, backward_cross = self.cross_attn(g, memory, memory, memory_mask, rng)  # (B, T, C)
+        kept_c, backward_drop2 = dropout(c, self.dropout, rng)
+        h, backward_norm2 = self.norm2(g + kept_c)
+
+        f, backward_ff = self.feed_forward(h, rng)  # (B, T, C)
+        kept_f, backward_drop3 = dropout(f, self.dropout, rng)
+        y, backward_norm3 = self.norm3(h + kept_f)
+
+        def backward(dy):
+            dsum3 = backward_norm3(dy)
+            dh = dsum3 + backward_ff(backward_drop3(dsum3))
+
+            dsum2 = backward_norm2(dh)
+            dg, dk_memory, dv_memory = backward_cross(backward_drop2(dsum2))
+            dg = dsum2 + dg
+
+            dsum1 = backward_norm1(dg)
+            dq, dk, dv = backward_attn(backward_drop1(dsum1))
+            return dsum1 + dq + dk + dv, dk_memory + dv_memory
+
+        return y, backward
+
+    def pre_norm(
+        self, x: Array, memory: Array, mask: Mask, memory_mask: Mask, rng: Rng | None
+    ) -> Forward:
+        n1, backward_norm1 = self.norm1(x)
+        a, backward_attn = self.self_attn(n1, n1, n1, mask, rng)  # (B, T, C)
+        kept_a, backward_drop1 = dropout(a, self.dropout, rng)
+        g = x + kept_a
+
+        n2, backward_norm2 = self.norm2(g)
+        c, backward_cross = self.cross_attn(n2, memory, memory, memory_mask, rng)  # (B, T, C)
+        kept_c, backward_drop2 = dropout(c, self.dropout, rng)
+        h = g + kept_c
+
+        n3, backward_norm3 = self.norm3(h)
+        f, backward_ff = self.feed_forward(n3, rng)  # (B, T, C)
+        kept_f, backward_drop3 = dropout(f, self.dropout, rng)
+        y = h + kept_f
+
+        def backward(dy):
+            dn3 = backward_ff(backward_drop3(dy))
+            dh = dy + backward_norm3(dn3)
+
+            dn2, dk_memory, dv_memory = backward_cross(backward_drop2(dh))
+            dg = dh + backward_norm2(dn2)
+
+            dq, dk, dv = backward_attn(backward_drop1(dg))
+            return dg + backward_norm1(dq + dk + dv), dk_memory + dv_memory
+
+        return y, backward
+
+
+class Decoder(Module):
+    """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
+
+    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+
+    `backward` returns dx, dmemory.
+    """
+
+    def __init__(self, layers: list[DecoderLayer], norm: LayerNorm | None = None):
+        self.layers = layers
+        self.norm = norm
+
+    def forward(
+        self,
+        x: Array,
+        memory: Array,
+        mask: Mask = None,
+        memory_mask: Mask = None,
+        rng: Rng | None = None,
+    ) -> Forward:
+        backwards = []
+        for layer in self.layers:
+            x, backward_layer = layer(x, memory, mask, memory_mask, rng)
+            backwards.append(backward_layer)
+        y, backward_norm = self.norm(x) if self.norm else (x, lambda dy: dy)
+
+        def backward(dy):
+            dx, dmemory = backward_norm(dy), 0
+            for backward_layer in reversed(backwards):
+                dx, dmemory_layer = backward_layer(dx)
+                dmemory = dmemory + dmemory_layer  # every layer asked the same memory
+            return dx, dmemory
+
+        return y, backward

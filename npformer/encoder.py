@@ -1,0 +1,116 @@
+"""The encoder: one layer, then the stack   [Vaswani et al. 2017, § 3.1, figure 1 left].
+
+Each layer is written out twice, as post-norm (the paper) and as pre-norm (most models since), so
+that the two can be compared line by line.
+
+    post-norm   x ← norm(x + sublayer(x))       the residual stream itself is normalised
+    pre-norm    x ← x + sublayer(norm(x))       the residual stream is never touched, only added to
+"""
+
+import numpy as np
+
+from npformer.attention import MultiHeadAttention
+from npformer.feedforward import FeedForward
+from npformer.layers import LayerNorm
+from npformer.module import Module
+from npformer.ops import Array, Forward, Mask, Rng, dropout
+
+
+class EncoderLayer(Module):
+    """Self-attention, then a feed-forward network; a residual and a LayerNorm around each.
+
+    x (B, S, C)   mask -> (B, H, S, S)   ->   y (B, S, C)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        activation: str = "relu",
+        norm_first: bool = False,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        sublayer_dropout: float = 0.0,
+        eps: float = 1e-5,
+        rng: Rng,
+        dtype=np.float32,
+    ):
+        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.self_attn = MultiHeadAttention(
+            d_model, n_heads, attention_dropout, rng=rng, dtype=dtype
+        )
+        self.feed_forward = FeedForward(
+            d_model, d_ff, activation, activation_dropout, rng=rng, dtype=dtype
+        )
+        self.norm1 = LayerNorm(d_model, eps, dtype=dtype)
+        self.norm2 = LayerNorm(d_model, eps, dtype=dtype)
+
+    def forward(self, x: Array, mask: Mask = None, rng: Rng | None = None) -> Forward:
+        return (self.pre_norm if self.norm_first else self.post_norm)(x, mask, rng)
+
+    def post_norm(self, x: Array, mask: Mask, rng: Rng | None) -> Forward:
+        a, backward_attn = self.self_attn(x, x, x, mask, rng)  # (B, S, C)
+        kept_a, backward_drop1 = dropout(a, self.dropout, rng)
+        h, backward_norm1 = self.norm1(x + kept_a)
+
+        f, backward_ff = self.feed_forward(h, rng)  # (B, S, C)
+        kept_f, backward_drop2 = dropout(f, self.dropout, rng)
+        y, backward_norm2 = self.norm2(h + kept_f)
+
+        def backward(dy):
+            dsum2 = backward_norm2(dy)
+            dh = dsum2 + backward_ff(backward_drop2(dsum2))
+
+            dsum1 = backward_norm1(dh)
+            dq, dk, dv = backward_attn(backward_drop1(dsum1))
+            return dsum1 + dq + dk + dv  # x was the residual, the query, the key and the value
+
+        return y, backward
+
+    def pre_norm(self, x: Array, mask: Mask, rng: Rng | None) -> Forward:
+        n1, backward_norm1 = self.norm1(x)
+        a, backward_attn = self.self_attn(n1, n1, n1, mask, rng)  # (B, S, C)
+        kept_a, backward_drop1 = dropout(a, self.dropout, rng)
+        h = x + kept_a
+
+        n2, backward_norm2 = self.norm2(h)
+        f, backward_ff = self.feed_forward(n2, rng)  # (B, S, C)
+        kept_f, backward_drop2 = dropout(f, self.dropout, rng)
+        y = h + kept_f
+
+        def backward(dy):
+            dn2 = backward_ff(backward_drop2(dy))
+            dh = dy + backward_norm2(dn2)  # the residual's gradient goes around the norm
+
+            dq, dk, dv = backward_attn(backward_drop1(dh))
+            return dh + backward_norm1(dq + dk + dv)
+
+        return y, backward
+
+
+class Encoder(Module):
+    """A stack of EncoderLayers and, where there is one, a final LayerNorm.
+
+    x (B, S, C)   mask -> (B, H, S, S)   ->   y (B, S, C)
+    """
+
+    def __init__(self, layers: list[EncoderLayer], norm: LayerNorm | None = None):
+        self.layers = layers
+        self.norm = norm
+
+    def forward(self, x: Array, mask: Mask = None, rng: Rng | None = None) -> Forward:
+        backwards = []
+        for layer in self.layers:
+            x, backward_layer = layer(x, mask, rng)
+            backwards.append(backward_layer)
+        y, backward_norm = self.norm(x) if self.norm else (x, lambda dy: dy)
+
+        def backward(dy):
+            dx = backward_norm(dy)
+            for backward_layer in reversed(backwards):
+                dx = backward_layer(dx)
+            return dx
+
+        return y, backward

@@ -1,0 +1,51 @@
+"""Who may attend to whom: boolean arrays, True = may attend, that broadcast to (B, H, T, S).
+
+    padding_mask(ids, pad_id)   (B, 1, 1, S)   no query of a sample may look at the sample's pads
+    causal_mask(T)              (T, T)         no query may look at what comes after it
+    window_mask(T, S, width)    (T, S)         no query may look further back than `width` keys
+
+Masks combine with `&`: a position may be attended to if every mask allows it.  Broadcasting aligns
+shapes from the right and stretches axes of length 1:
+
+    padding   (B, 1, 1, S)
+    causal          (T, S)
+    both      (B, 1, T, S)      and the scores are (B, H, T, S): one mask serves all heads
+
+`torch.nn.MultiheadAttention` means the opposite (True = may *not*); F.scaled_dot_product_attention
+means the same as we do.
+"""
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def padding_mask(ids: Array, pad_id: int) -> Array:
+    """True at real tokens.   ids (B, S)   ->   (B, 1, 1, S)"""
+    if ids.ndim != 2:
+        raise ValueError(f"padding_mask: ids must be (B, S), got shape {ids.shape}")
+    return (ids != pad_id)[:, np.newaxis, np.newaxis, :]
+
+
+def causal_mask(T: int, S: int | None = None, offset: int = 0) -> Array:
+    """True where the key is not after the query: S_position <= T_position + offset.   ->   (T, S)
+
+    A lower triangle: row t (a query) may look at the columns (keys) 0..t.  When the first
+    `offset` keys were computed earlier and the T queries continue them, query 0 stands at
+    position `offset`; then S = offset + T, which is also the default for S.
+    """
+    S = offset + T if S is None else S
+    query, key = np.arange(T)[:, np.newaxis] + offset, np.arange(S)
+    return key <= query
+
+
+def window_mask(T: int, S: int, width: int, offset: int = 0) -> Array:
+    """True for the keys at most `width` - 1 positions before the query, and all later.   ->  (T, S)
+
+    `causal_mask(T, S) & window_mask(T, S, width)` is sliding-window attention: the last `width`
+    positions, the query's own included.
+    """
+    if width < 1:
+        raise ValueError(f"window_mask: width must be at least 1, got {width}")
+    query, key = np.arange(T)[:, np.newaxis] + offset, np.arange(S)
+    return key > query - width

@@ -1,0 +1,203 @@
+"""SGD, Adam and AdamW with torch's defaults and torch's order of operations   (twin: torch.optim).
+
+    optimizer = Adam(model.parameters(), cosine(1e-3, warmup=100, total=5000))
+    ...
+    model.zero_grad();  backward(...);  clip_grad_norm(model.parameters(), 1.0);  optimizer.step()
+
+An optimizer packs its parameters into one long buffer and makes every `data` and `grad` a view of
+it.  A step is then a handful of array operations on slices that fit the cache, whether the model
+has ten parameters or a thousand.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from npformer.module import Parameter
+from npformer.ops import Array
+from npformer.schedules import Schedule, constant, cosine, inverse_sqrt, noam
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "clip_grad_norm",
+    "constant",
+    "cosine",
+    "inverse_sqrt",
+    "noam",
+]
+
+CHUNK = 1 << 16  # elements: a chunk of each array of a step fits the second-level cache together
+
+
+class Optimizer:
+    """`step()` moves every parameter along its gradient, by the rate of the schedule.
+
+    `rate` is a number or a function of the step, which counts from 1.
+    """
+
+    buffers: tuple[str, ...] = ()  # what a subclass remembers of each element, by name
+
+    def __init__(self, parameters: Sequence[Parameter], rate: float | Schedule):
+        self.rate = rate if callable(rate) else constant(rate)
+        self.steps = 0
+        self.parameters = list(parameters)
+        self.data, self.grad = pack(self.parameters)
+        self.state = {name: np.zeros_like(self.data) for name in self.buffers}
+
+    def step(self) -> None:
+        if self.parameters and self.parameters[0].data.base is not self.data:
+            raise RuntimeError("another optimizer has packed these parameters since; use one")
+        self.steps += 1
+        rate = self.rate(self.steps)
+        for i in range(0, len(self.data), CHUNK):
+            part = slice(i, i + CHUNK)
+            state = {name: array[part] for name, array in self.state.items()}
+            self.update(self.data[part], self.grad[part], rate, **state)
+
+    def update(self, data: Array, grad: Array, rate: float, **state: Array) -> None:
+        """Change `data` and the state in place, leave `grad` alone; all of one shape (n,)."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Array]:
+        return {"steps": np.array(self.steps), **{k: x.copy() for k, x in self.state.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Raises ValueError where the state is another optimizer's or another model's."""
+        expected = {"steps": (), **{name: x.shape for name, x in self.state.items()}}
+        if {name: np.shape(x) for name, x in state.items()} != expected:
+            raise ValueError("the optimizer state belongs to another optimizer or another model")
+        self.steps = int(state["steps"])
+        for name, array in self.state.items():
+            array[...] = state[name]
+
+
+def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
+    """Move all data into one buffer and all gradients into another, each parameter a view of them.
+
+    Parameters that are packed already, in this order, stay where they are.
+    """
+    if not parameters:
+        raise ValueError("an optimizer needs at least one parameter")
+    n = sum(p.data.size for p in parameters)
+    data, grad = parameters[0].data.base, parameters[0].grad.base
+    if data is not None and data.shape == (n,):
+        ends = np.cumsum([p.data.nbytes for p in parameters]).tolist()
+        starts = [p.data.ctypes.data - data.ctypes.data for p in parameters]
+        if all(p.data.base is data for p in parameters) and starts == [0, *ends[:-1]]:
+            return data, grad
+    data = np.empty(n, parameters[0].data.dtype)
+    grad = np.empty_like(data)
+    for p, part in zip(parameters, _parts(parameters), strict=True):
+        data[part], grad[part] = p.data.reshape(-1), p.grad.reshape(-1)
+        p.data, p.grad = data[part].reshape(p.data.shape), grad[part].reshape(p.grad.shape)
+    return data, grad
+
+
+def _parts(parameters: Sequence[Parameter]) -> Iterator[slice]:
+    start = 0
+    for p in parameters:
+        yield slice(start, start + p.data.size)
+        start += p.data.size
+
+
+class SGD(Optimizer):
+    """data -= rate · v,  v = momentum · v + grad   (weight decay: grad += decay · data, first)."""
+
+    buffers = ("velocity",)
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        rate: float | Schedule = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(parameters, rate)
+        self.momentum, self.weight_decay = momentum, weight_decay
+
+    def update(self, data, grad, rate, velocity):
+        if self.weight_decay:
+            grad = grad + self.weight_decay * data
+        velocity *= self.momentum
+        velocity += grad
+        data -= rate * velocity
+
+
+class Adam(Optimizer):
+    """data -= rate · m̂ / (√v̂ + eps)   [Kingma and Ba 2015, algorithm 1].
+
+    m and v are running means of the gradient and of its square; both start at 0, and dividing
+    by 1 - βᵗ undoes that bias.  `weight_decay` is L2: it is added to the gradient, and so it is
+    normalised with it.
+    """
+
+    buffers = ("m", "v")
+    decoupled = False
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        rate: float | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ):
+        super().__init__(parameters, rate)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+
+    def update(self, data, grad, rate, m, v):
+        beta1, beta2 = self.betas
+        if self.weight_decay and self.decoupled:
+            data *= 1 - rate * self.weight_decay
+        elif self.weight_decay:
+            grad = grad + self.weight_decay * data
+
+        change = grad - m  # m += (1 - β1) (grad - m)
+        change *= 1 - beta1
+        m += change
+        np.multiply(grad, grad, out=change)  # v = β2 v + (1 - β2) grad²
+        change *= 1 - beta2
+        v *= beta2
+        v += change
+
+        step = np.sqrt(v)  # data -= rate m̂ / (√v̂ + eps)
+        step /= math.sqrt(1 - beta2**self.steps)
+        step += self.eps
+        np.divide(m, step, out=step)
+        step *= rate / (1 - beta1**self.steps)
+        data -= step
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: data shrinks by rate · decay, whatever its gradient is.
+
+    [Loshchilov and Hutter 2019, algorithm 2].  torch's default decay, 0.01.
+    """
+
+    decoupled = True
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        rate: float | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(parameters, rate, betas, eps, weight_decay)
+
+
+def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
+    """Scale all gradients so that their common L2 norm is at most `max_norm`; return the norm before.
+
+    As torch's clip_grad_norm_: the factor is min(1, max_norm / (norm + 1e-6)).
+    """
+    norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters))
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        for p in parameters:
+            p.grad *= factor
+    return norm

@@ -1,0 +1,215 @@
+"""The whole model: embeddings, encoder, decoder, head   [Vaswani et al. 2017, figure 1].
+
+    model = Transformer(config, rng=np.random.default_rng(0))
+    logits, backward_model = model(src, tgt_in, rng=rng)      # rng: dropout; leave it out for none
+    loss, backward_loss = cross_entropy(logits, tgt_out, ignore_index=pad)
+    model.zero_grad()
+    backward_model(backward_loss(1.0))                        # adds to every parameter.grad
+    optimizer.step()
+
+Shapes  B batch, S source positions, T target positions, C model width, V target vocabulary.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from npformer import checkpoint, ops
+from npformer.config import TransformerConfig
+from npformer.decoder import Decoder, DecoderLayer
+from npformer.encoder import Encoder, EncoderLayer
+from npformer.layers import Embedding, LayerNorm, Linear
+from npformer.masks import causal_mask, padding_mask
+from npformer.module import Module, no_grad
+from npformer.ops import Array, Forward, Mask, Rng
+from npformer.positional import LearnedPositions, SinusoidalPositions
+
+
+class Transformer(Module):
+    """Encoder-decoder, or decoder-only where the config has no encoder layers.
+
+    src (B, S)   tgt (B, T)   integer ids   ->   logits (B, T, V)
+
+    The padding masks of both sides and the causal mask of the target are made from the ids.  A
+    mask that is given besides is `&`-ed to them: src_mask -> (B, H, S, S), for the encoder, and
+    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Decoder-only: src is None.
+
+    `rng` draws the initial weights; the same seed gives both twins the same model.
+    """
+
+    def __init__(self, config: TransformerConfig, rng: Rng | None = None, dtype=np.float32):
+        c, rng = config, np.random.default_rng() if rng is None else rng
+        kind = dict(rng=rng, dtype=dtype)
+        self.config = config
+        self.dtype = np.dtype(dtype)
+
+        def embedding(vocab_size: int, pad_id: int) -> Embedding:
+            return Embedding(vocab_size, c.d_model, pad_id, **kind)
+
+        def positions() -> SinusoidalPositions | LearnedPositions:
+            if c.positions == "sinusoidal":
+                return SinusoidalPositions(c.max_len, c.d_model)
+            return LearnedPositions(c.max_len, c.d_model, **kind)
+
+        def layer(Layer: type) -> EncoderLayer | DecoderLayer:
+            return Layer(
+                c.d_model,
+                c.n_heads,
+                c.d_ff,
+                activation=c.activation,
+                norm_first=c.norm_first,
+                attention_dropout=c.attention_dropout,
+                activation_dropout=c.activation_dropout,
+                sublayer_dropout=c.sublayer_dropout,
+                eps=c.eps,
+                **kind,
+            )
+
+        def final_norm() -> LayerNorm | None:
+            return LayerNorm(c.d_model, c.eps, dtype=dtype) if c.final_norm else None
+
+        has_encoder = c.n_encoder_layers > 0
+        self.src_embedding = self.src_positions = self.encoder = None
+        if has_encoder:
+            if not c.share_embeddings:  # a shared table belongs to the target side, under one name
+                self.src_embedding = embedding(c.src_vocab_size, c.src_pad_id)
+            self.src_positions = positions()
+            layers = [layer(EncoderLayer) for _ in range(c.n_encoder_layers)]
+            self.encoder = Encoder(layers, final_norm())
+        self.tgt_embedding = embedding(c.tgt_vocab_size, c.tgt_pad_id)
+        self.tgt_positions = positions()
+        if has_encoder:
+            layers = [layer(DecoderLayer) for _ in range(c.n_decoder_layers)]
+            self.decoder = Decoder(layers, final_norm())
+        else:  # with no memory to attend to, a decoder is an encoder under a causal mask
+            layers = [layer(EncoderLayer) for _ in range(c.n_decoder_layers)]
+            self.decoder = Encoder(layers, final_norm())
+        self.head = None if c.tie_head else Linear(c.d_model, c.tgt_vocab_size, **kind)
+
+    def forward(
+        self,
+        src: Array | None,
+        tgt: Array,
+        src_mask: Mask = None,
+        tgt_mask: Mask = None,
+        rng: Rng | None = None,
+    ) -> Forward:
+        self._check_ids(src, tgt)
+        if src is None:
+            return self.decode(tgt, None, None, tgt_mask, rng)
+        memory, backward_encode = self.encode(src, src_mask, rng)  # (B, S, C)
+        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        logits, backward_decode = self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
+
+        def backward(dlogits):
+            backward_encode(backward_decode(dlogits))
+            # nothing to return: ids are integers
+
+        return logits, backward
+
+    def encode(self, src: Array, src_mask: Mask = None, rng: Rng | None = None) -> Forward:
+        """src (B, S)   ->   memory (B, S, C)"""
+        mask = _and(padding_mask(src, self.config.src_pad_id), src_mask)  # -> (B, H, S, S)
+        embedding = self.src_embedding or self.tgt_embedding
+        x, backward_embed = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
+        memory, backward_encoder = self.encoder(x, mask, rng)
+        return memory, lambda dmemory: backward_embed(backward_encoder(dmemory))
+
+    def decode(
+        self,
+        tgt: Array,
+        memory: Array | None,
+        memory_mask: Mask,
+        tgt_mask: Mask = None,
+        rng: Rng | None = None,
+    ) -> Forward:
+        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory"""
+        mask = padding_mask(tgt, self.config.tgt_pad_id) & causal_mask(tgt.shape[1])
+        mask = _and(mask, tgt_mask)  # -> (B, H, T, T)
+        x, backward_embed = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
+        if memory is None:
+            y, backward_decoder = self.decoder(x, mask, rng)  # (B, T, C)
+        else:
+            y, backward_decoder = self.decoder(x, memory, mask, memory_mask, rng)  # (B, T, C)
+        to_logits = self.head or self.tgt_embedding.as_head
+        logits, backward_head = to_logits(y)  # (B, T, V)
+
+        def backward(dlogits):
+            if memory_mask is None:
+                return backward_embed(backward_decoder(backward_head(dlogits)))
+            dx, dmemory = backward_decoder(backward_head(dlogits))
+            backward_embed(dx)
+            return dmemory
+
+        return logits, backward
+
+    def embed(
+        self,
+        ids: Array,
+        embedding: Embedding,
+        positions: SinusoidalPositions | LearnedPositions,
+        rng: Rng | None = None,
+    ) -> Forward:
+        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
+        e, backward_embedding = embedding(ids)  # (B, T, C)
+        x, backward_positions = positions(e * scale)
+        kept, backward_dropout = ops.dropout(x, self.config.embedding_dropout, rng)
+
+        def backward(dx):
+            backward_embedding(backward_positions(backward_dropout(dx)) * scale)
+
+        return kept, backward
+
+    def infer(
+        self, src: Array | None, tgt: Array, src_mask: Mask = None, tgt_mask: Mask = None
+    ) -> Array:
+        """The logits alone, without dropout and without keeping anything for a backward."""
+        with no_grad():
+            logits, _ = self(src, tgt, src_mask, tgt_mask)
+        return logits
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which both twins read; see checkpoint.py."""
+        checkpoint.save(folder, self.config, self.state_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype=np.float32) -> "Transformer":
+        """The model in that folder.  Raises CheckpointError, naming the file and the reason."""
+        config, state = checkpoint.load(folder)
+        model = cls(config, np.random.default_rng(0), dtype)
+        with checkpoint.blame(folder):
+            model.load_state_dict(state)
+        return model
+
+    def _check_ids(self, src: Array | None, tgt: Array) -> None:
+        c = self.config
+        if (src is None) != (self.encoder is None):
+            raise ValueError(
+                "Transformer: src must be None, the model is decoder-only"
+                if self.encoder is None
+                else "Transformer: src is None, but the model has an encoder"
+            )
+        for name, ids in (("src", src), ("tgt", tgt)):
+            if ids is not None and (not isinstance(ids, np.ndarray) or ids.ndim != 2):
+                got = f"shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+                letters = "(B, S)" if name == "src" else "(B, T)"
+                raise ValueError(
+                    f"Transformer: {name} must be an array {letters} of integer ids, got {got}; "
+                    "a batch of one sequence is ids[None]"
+                )
+            if ids is not None and not 1 <= ids.shape[1] <= c.max_len:
+                raise ValueError(
+                    f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
+                    f"{c.max_len} (max_len)"
+                )
+        if src is not None and len(src) != len(tgt):
+            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
+
+
+def _and(mask: Array, given: Mask) -> Array:
+    if given is None:
+        return mask
+    ops.check_boolean("Transformer", given, "may attend")
+    return mask & given

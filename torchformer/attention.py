@@ -1,0 +1,45 @@
+"""Multi-head attention   [Vaswani et al. 2017, § 3.2.2].
+
+Shapes  B batch, T query positions, S key positions, C model width, H heads, D = C / H.
+"""
+
+from torch import Tensor, nn
+
+from torchformer import ops
+from torchformer.ops import Mask
+
+
+def split_heads(x: Tensor, d_head: int) -> Tensor:  # (B, T, C) -> (B, H, T, D)
+    return x.unflatten(-1, (-1, d_head)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, C)
+    return x.transpose(1, 2).flatten(-2)
+
+
+class MultiHeadAttention(nn.Module):
+    """H attentions side by side, each on its own slice of C, then a mixture of what they found.
+
+    query (B, T, C)   key, value (B, S, C)   mask -> (B, H, T, S)   ->   y (B, T, C)
+    """
+
+    def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
+        self.d_head, self.dropout = d_model // n_heads, dropout
+        self.q_proj = nn.Linear(d_model, d_model)
+        self.k_proj = nn.Linear(d_model, d_model)
+        self.v_proj = nn.Linear(d_model, d_model)
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, rng=None
+    ) -> Tensor:
+        q = self.q_proj(query)  # (B, T, C)
+        k = self.k_proj(key)  # (B, S, C)
+        v = self.v_proj(value)  # (B, S, C)
+        qh, kh, vh = (split_heads(a, self.d_head) for a in (q, k, v))  # (B, H, T or S, D)
+        p = self.dropout if self.training else 0.0
+        yh = ops.attention(qh, kh, vh, mask, p, rng)  # (B, H, T, D)
+        return self.out_proj(merge_heads(yh))  # (B, T, C)

@@ -1,0 +1,104 @@
+"""The decoder: one layer, then the stack   [Vaswani et al. 2017, § 3.1, figure 1 right].
+
+An encoder layer with one sublayer more, in the middle: cross-attention, where the decoder asks and
+`memory`, the encoder's output, answers.
+"""
+
+from torch import Tensor, nn
+
+from torchformer.attention import MultiHeadAttention
+from torchformer.feedforward import FeedForward
+from torchformer.ops import Mask, dropout
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, cross-attention, feed-forward; a residual and a LayerNorm around each.
+
+    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        d_ff: int,
+        *,
+        activation: str = "relu",
+        norm_first: bool = False,
+        attention_dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        sublayer_dropout: float = 0.0,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.self_attn = MultiHeadAttention(d_model, n_heads, attention_dropout)
+        self.cross_attn = MultiHeadAttention(d_model, n_heads, attention_dropout)
+        self.feed_forward = FeedForward(d_model, d_ff, activation, activation_dropout)
+        self.norm1 = nn.LayerNorm(d_model, eps)
+        self.norm2 = nn.LayerNorm(d_model, eps)
+        self.norm3 = nn.LayerNorm(d_model, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        mask: Mask = None,
+        memory_mask: Mask = None,
+        rng=None,
+    ) -> Tensor:
+        forward = self.pre_norm if self.norm_first else self.post_norm
+        return forward(x, memory, mask, memory_mask, rng)
+
+    def post_norm(self, x: Tensor, memory: Tensor, mask: Mask, memory_mask: Mask, rng) -> Tensor:
+        a = self.self_attn(x, x, x, mask, rng)  # (B, T, C)
+        kept_a = dropout(a, self.dropout, self.training, rng)
+        g = self.norm1(x + kept_a)
+
+        c = self.cross_attn(g, memory, memory, memory_mask, rng)  # (B, T, C)
+        kept_c = dropout(c, self.dropout, self.training, rng)
+        h = self.norm2(g + kept_c)
+
+        f = self.feed_forward(h, rng)  # (B, T, C)
+        kept_f = dropout(f, self.dropout, self.training, rng)
+        return self.norm3(h + kept_f)
+
+    def pre_norm(self, x: Tensor, memory: Tensor, mask: Mask, memory_mask: Mask, rng) -> Tensor:
+        n1 = self.norm1(x)
+        a = self.self_attn(n1, n1, n1, mask, rng)  # (B, T, C)
+        kept_a = dropout(a, self.dropout, self.training, rng)
+        g = x + kept_a
+
+        n2 = self.norm2(g)
+        c = self.cross_attn(n2, memory, memory, memory_mask, rng)  # (B, T, C)
+        kept_c = dropout(c, self.dropout, self.training, rng)
+        h = g + kept_c
+
+        n3 = self.norm3(h)
+        f = self.feed_forward(n3, rng)  # (B, T, C)
+        kept_f = dropout(f, self.dropout, self.training, rng)
+        return h + kept_f
+
+
+class Decoder(nn.Module):
+    """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
+
+    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    """
+
+    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        mask: Mask = None,
+        memory_mask: Mask = None,
+        rng=None,
+    ) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, memory, mask, memory_mask, rng)
+        return self.norm(x) if self.norm else x

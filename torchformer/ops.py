@@ -1,0 +1,75 @@
+"""The few ops in which we differ from torch.nn.functional, or from what its kernels promise.
+
+Everything else of npformer/ops.py has its twin in PyTorch itself.  Autograd does the backward.
+
+Shapes  B batch, T query positions, S key positions, C model width, H heads, D = C / H.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Mask = Tensor | None  # boolean; True means "may attend"
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
+    """weights = softmax(q kᵀ / √D): how much each query attends to each key.
+
+    q (..., T, D)   k (..., S, D)   mask -> (..., T, S)   ->   weights (..., T, S)
+
+    A row with nothing to attend to is 0, where F.softmax would give NaN.
+    """
+    scale = q.shape[-1] ** -0.5
+    scores = q @ k.mT * scale  # (..., T, S)
+    if mask is None:
+        return scores.softmax(dim=-1)
+    check_mask(mask)
+    open_mask, has_key = _open_dead_rows(mask)
+    weights = scores.masked_fill(~open_mask, -torch.inf).softmax(dim=-1)
+    return weights * has_key
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask = None, p: float = 0.0, rng=None
+) -> Tensor:
+    """y = softmax(q kᵀ / √D) v   [Vaswani et al. 2017, eq. 1], by PyTorch's fused kernels.
+
+    q (..., T, D)   k (..., S, D)   v (..., S, E)   mask -> (..., T, S)   ->   y (..., T, E)
+
+    `p` is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has
+    to reach the weights, which the kernels never write down: then they are made explicitly.
+    """
+    if rng is not None:
+        weights = attention_weights(q, k, mask)  # (..., T, S)
+        return dropout(weights, p, True, rng) @ v
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    check_mask(mask)
+    open_mask, has_key = _open_dead_rows(mask)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=open_mask, dropout_p=p)
+    return torch.where(has_key, y, 0)
+
+
+def _open_dead_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A row without any key gives NaN in some kernels: open it, and let the caller zero it."""
+    has_key = mask.any(dim=-1, keepdim=True)  # (..., T, 1)
+    return mask | ~has_key, has_key
+
+
+def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
+    """F.dropout, or, given an `rng`, with the mask that `rng.dropout_mask(shape, p)` replays."""
+    if rng is None or not training or p == 0:
+        return F.dropout(x, p, training)
+    keep = rng.dropout_mask(tuple(x.shape), p)
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    return x * torch.as_tensor(keep, device=x.device) * scale
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """The mask itself, or TypeError with the line that converts it."""
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"attention: mask must be boolean, True = may attend, got {mask.dtype}: pass mask == 1 "
+            "if 1 means 'may attend', mask == 0 if it means the opposite or if the mask is additive"
+        )
+    return mask

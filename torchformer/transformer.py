@@ -1,0 +1,245 @@
+"""The whole model: embeddings, encoder, decoder, head   [Vaswani et al. 2017, figure 1].
+
+    model = Transformer(config, rng=np.random.default_rng(0), device="cuda")
+    logits = model(src, tgt_in)                               # dropout: model.train(), .eval()
+    loss = F.cross_entropy(logits.mT, tgt_out, ignore_index=pad)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+Shapes  B batch, S source positions, T target positions, C model width, V target vocabulary.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npformer import checkpoint
+from npformer.config import TransformerConfig
+from torchformer import ops
+from torchformer.decoder import Decoder, DecoderLayer
+from torchformer.encoder import Encoder, EncoderLayer
+from torchformer.masks import causal_mask, padding_mask
+from torchformer.ops import Mask
+from torchformer.positional import LearnedPositions, SinusoidalPositions
+
+
+class Transformer(nn.Module):
+    """Encoder-decoder, or decoder-only where the config has no encoder layers.
+
+    src (B, S)   tgt (B, T)   integer ids   ->   logits (B, T, V)
+
+    The padding masks of both sides and the causal mask of the target are made from the ids.  A
+    mask that is given besides is `&`-ed to them: src_mask -> (B, H, S, S), for the encoder, and
+    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Decoder-only: src is None.
+
+    `rng` is a NumPy generator and draws the initial weights: the same seed gives both twins the
+    same model.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        rng: np.random.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ):
+        super().__init__()
+        c, rng = config, np.random.default_rng() if rng is None else rng
+        self.config = config
+
+        def embedding(vocab_size: int, pad_id: int) -> nn.Embedding:
+            return nn.Embedding(vocab_size, c.d_model, padding_idx=pad_id)
+
+        def positions() -> SinusoidalPositions | LearnedPositions:
+            kind = SinusoidalPositions if c.positions == "sinusoidal" else LearnedPositions
+            return kind(c.max_len, c.d_model)
+
+        def layer(Layer: type) -> EncoderLayer | DecoderLayer:
+            return Layer(
+                c.d_model,
+                c.n_heads,
+                c.d_ff,
+                activation=c.activation,
+                norm_first=c.norm_first,
+                attention_dropout=c.attention_dropout,
+                activation_dropout=c.activation_dropout,
+                sublayer_dropout=c.sublayer_dropout,
+                eps=c.eps,
+            )
+
+        def final_norm() -> nn.LayerNorm | None:
+            return nn.LayerNorm(c.d_model, c.eps) if c.final_norm else None
+
+        has_encoder = c.n_encoder_layers > 0
+        self.src_embedding = self.src_positions = self.encoder = None
+        if has_encoder:
+            if not c.share_embeddings:  # a shared table belongs to the target side, under one name
+                self.src_embedding = embedding(c.src_vocab_size, c.src_pad_id)
+            self.src_positions = positions()
+            layers = [layer(EncoderLayer) for _ in range(c.n_encoder_layers)]
+            self.encoder = Encoder(layers, final_norm())
+        self.tgt_embedding = embedding(c.tgt_vocab_size, c.tgt_pad_id)
+        self.tgt_positions = positions()
+        if has_encoder:
+            layers = [layer(DecoderLayer) for _ in range(c.n_decoder_layers)]
+            self.decoder = Decoder(layers, final_norm())
+        else:  # with no memory to attend to, a decoder is an encoder under a causal mask
+            layers = [layer(EncoderLayer) for _ in range(c.n_decoder_layers)]
+            self.decoder = Encoder(layers, final_norm())
+        self.head = None if c.tie_head else nn.Linear(c.d_model, c.tgt_vocab_size)
+        self.to(device=device, dtype=dtype)
+        self.initialise(rng)
+
+    @torch.no_grad()
+    def initialise(self, rng: np.random.Generator) -> None:
+        """Matrices Xavier-uniform, biases 0, tables N(0, 1/C) with the pad row 0; norms stay 1, 0.
+
+        Draws in the order of the parameters, which is the order in which the NumPy twin draws.
+        """
+        for name, parameter in self.named_parameters():
+            shape = tuple(parameter.shape)
+            if "embedding" in name or "positions" in name:
+                drawn = rng.normal(0, self.config.d_model**-0.5, shape)
+                if "embedding" in name:
+                    drawn[self.get_submodule(name.rpartition(".")[0]).padding_idx] = 0
+                parameter.copy_(torch.from_numpy(drawn))
+            elif parameter.ndim == 2:
+                bound = math.sqrt(6 / sum(shape))
+                parameter.copy_(torch.from_numpy(rng.uniform(-bound, bound, shape)))
+            elif "norm" not in name:
+                parameter.zero_()
+
+    def forward(
+        self,
+        src: Tensor | None,
+        tgt: Tensor,
+        src_mask: Mask = None,
+        tgt_mask: Mask = None,
+        rng=None,
+    ) -> Tensor:
+        self._check_ids(src, tgt)
+        if src is None:
+            return self.decode(tgt, None, None, tgt_mask, rng)
+        memory = self.encode(src, src_mask, rng)  # (B, S, C)
+        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
+
+    def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
+        """src (B, S)   ->   memory (B, S, C)"""
+        mask = _and(padding_mask(src, self.config.src_pad_id), src_mask)  # -> (B, H, S, S)
+        embedding = self.src_embedding or self.tgt_embedding
+        x = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
+        return self.encoder(x, mask, rng)
+
+    def decode(
+        self,
+        tgt: Tensor,
+        memory: Tensor | None,
+        memory_mask: Mask,
+        tgt_mask: Mask = None,
+        rng=None,
+    ) -> Tensor:
+        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)"""
+        causal = causal_mask(tgt.shape[1], device=tgt.device)
+        mask = padding_mask(tgt, self.config.tgt_pad_id) & causal
+        mask = _and(mask, tgt_mask)  # -> (B, H, T, T)
+        x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
+        if memory is None:
+            y = self.decoder(x, mask, rng)  # (B, T, C)
+        else:
+            y = self.decoder(x, memory, mask, memory_mask, rng)  # (B, T, C)
+        to_logits = self.head or self._tied_head
+        return to_logits(y)  # (B, T, V)
+
+    def embed(
+        self,
+        ids: Tensor,
+        embedding: nn.Embedding,
+        positions: SinusoidalPositions | LearnedPositions,
+        rng=None,
+    ) -> Tensor:
+        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
+        e = embedding(ids)  # (B, T, C)
+        x = positions(e * scale)
+        return ops.dropout(x, self.config.embedding_dropout, self.training, rng)
+
+    def _tied_head(self, x: Tensor) -> Tensor:
+        """logits = x Wᵀ: the table read the other way, a score for each of its rows   [§ 3.4]."""
+        weight = self.tgt_embedding.weight
+        is_pad = torch.arange(len(weight), device=weight.device) == self.config.tgt_pad_id
+        weight = torch.where(
+            is_pad[:, None], weight.detach(), weight
+        )  # no gradient for the pad row
+        return F.linear(x, weight)
+
+    @torch.no_grad()
+    def infer(
+        self, src: Tensor | None, tgt: Tensor, src_mask: Mask = None, tgt_mask: Mask = None
+    ) -> Tensor:
+        """The logits alone, without dropout and without keeping anything for a backward."""
+        was_training = self.training
+        self.eval()
+        try:
+            return self(src, tgt, src_mask, tgt_mask)
+        finally:
+            self.train(was_training)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, which both twins read; see checkpoint.py."""
+        checkpoint.save(folder, self.config, {k: as_numpy(x) for k, x in self.state_dict().items()})
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+    ) -> "Transformer":
+        """The model in that folder.  Raises CheckpointError, naming the file and the reason."""
+        config, state = checkpoint.load(folder)
+        model = cls(config, np.random.default_rng(0), dtype, device)
+        with checkpoint.blame(folder):
+            checkpoint.check_state(
+                {k: tuple(x.shape) for k, x in model.state_dict().items()}, state
+            )
+        model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+        return model
+
+    def _check_ids(self, src: Tensor | None, tgt: Tensor) -> None:
+        if (src is None) != (self.encoder is None):
+            raise ValueError(
+                "Transformer: src must be None, the model is decoder-only"
+                if self.encoder is None
+                else "Transformer: src is None, but the model has an encoder"
+            )
+        for name, ids in (("src (B, S)", src), ("tgt (B, T)", tgt)):
+            if ids is None:
+                continue
+            if ids.ndim != 2:
+                raise ValueError(
+                    f"Transformer: {name} must be integer ids, got shape {tuple(ids.shape)}; "
+                    "a batch of one sequence is ids[None]"
+                )
+            if not 1 <= ids.shape[1] <= self.config.max_len:
+                raise ValueError(
+                    f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
+                    f"{self.config.max_len} (max_len)"
+                )
+        if src is not None and len(src) != len(tgt):
+            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
+
+
+def as_numpy(x: Tensor) -> np.ndarray:
+    """The values on the host; bfloat16, which NumPy lacks, as float32."""
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _and(mask: Tensor, given: Mask) -> Tensor:
+    return mask if given is None else mask & ops.check_mask(given)
