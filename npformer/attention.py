@@ -4,6 +4,7 @@ Shapes  B batch, T query positions, S key positions, C model width, H heads, D =
 """
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer import ops
 from npformer.layers import Linear
@@ -33,7 +34,13 @@ class MultiHeadAttention(Module):
     """
 
     def __init__(
-        self, d_model: int, n_heads: int, dropout: float = 0.0, *, rng: Rng, dtype=np.float32
+        self,
+        d_model: int,
+        n_heads: int,
+        dropout: float = 0.0,
+        *,
+        rng: Rng,
+        dtype: DTypeLike = np.float32,
     ):
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")

@@ -72,7 +72,7 @@ def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
             written = TransformerConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
             if written != config:
                 raise CheckpointError(
-                    f"{folder / CONFIG}: describes another model than {MODEL} beside it was saved with"
+                    f"{folder / CONFIG}: not the configuration that {MODEL} here was saved with"
                 )
     return config, tensors
 

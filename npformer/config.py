@@ -1,4 +1,4 @@
-"""The shape of a Transformer: one frozen dataclass, shared by both twins.  Standard library only."""
+"""The shape of a Transformer: one frozen dataclass, shared by the twins.  Standard library only."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -9,7 +9,7 @@ FORMAT_VERSION = 1  # of config.json
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Everything that decides what a model computes; names and defaults are the same for both twins.
+    """Everything that decides what a model computes, by the same names in both twins.
 
     Raises ValueError, naming the field, for a value that no model can have.
     """

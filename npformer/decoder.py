@@ -6,6 +6,7 @@ encoder layers under a causal mask: see transformer.py.)
 """
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer.attention import MultiHeadAttention
 from npformer.feedforward import FeedForward
@@ -17,7 +18,8 @@ from npformer.ops import Array, Forward, Mask, Rng, dropout
 class DecoderLayer(Module):
     """Self-attention, cross-attention, feed-forward; a residual and a LayerNorm around each.
 
-    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    x (B, T, C)   memory (B, S, C)   ->   y (B, T, C)
+    mask -> (B, H, T, T) is the self-attention's, memory_mask -> (B, H, T, S) the cross-attention's.
 
     `backward` returns dx, dmemory.
     """
@@ -35,7 +37,7 @@ class DecoderLayer(Module):
         sublayer_dropout: float = 0.0,
         eps: float = 1e-5,
         rng: Rng,
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         self.norm_first, self.dropout = norm_first, sublayer_dropout
         self.self_attn = MultiHeadAttention(
@@ -125,7 +127,8 @@ class DecoderLayer(Module):
 class Decoder(Module):
     """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
 
-    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    x (B, T, C)   memory (B, S, C)   ->   y (B, T, C)
+    mask -> (B, H, T, T) is the self-attention's, memory_mask -> (B, H, T, S) the cross-attention's.
 
     `backward` returns dx, dmemory.
     """

@@ -8,6 +8,7 @@ that the two can be compared line by line.
 """
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer.attention import MultiHeadAttention
 from npformer.feedforward import FeedForward
@@ -35,7 +36,7 @@ class EncoderLayer(Module):
         sublayer_dropout: float = 0.0,
         eps: float = 1e-5,
         rng: Rng,
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         self.norm_first, self.dropout = norm_first, sublayer_dropout
         self.self_attn = MultiHeadAttention(

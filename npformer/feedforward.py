@@ -1,6 +1,7 @@
 """The position-wise feed-forward network   [Vaswani et al. 2017, § 3.3]."""
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer import ops
 from npformer.layers import Linear
@@ -24,7 +25,7 @@ class FeedForward(Module):
         dropout: float = 0.0,
         *,
         rng: Rng,
-        dtype=np.float32,
+        dtype: DTypeLike = np.float32,
     ):
         self.activation, self.dropout = ACTIVATIONS[activation], dropout
         self.linear1 = Linear(d_model, d_ff, rng=rng, dtype=dtype)

@@ -6,6 +6,7 @@ Each is an op and its parameters.  Only here is `parameter.grad` written to.
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer import ops
 from npformer.module import Module, Parameter
@@ -19,7 +20,7 @@ class Linear(Module):
     gradients near 1 through the layer   [Glorot and Bengio 2010, eq. 16].   b (O,) starts 0.
     """
 
-    def __init__(self, n_in: int, n_out: int, *, rng: Rng, dtype=np.float32):
+    def __init__(self, n_in: int, n_out: int, *, rng: Rng, dtype: DTypeLike = np.float32):
         bound = math.sqrt(6 / (n_in + n_out))
         self.weight = Parameter(rng.uniform(-bound, bound, (n_out, n_in)).astype(dtype))
         self.bias = Parameter(np.zeros(n_out, dtype))
@@ -42,7 +43,9 @@ class Embedding(Module):
     The rows start N(0, 1/C).  The row of `padding_idx` starts 0 and never gets a gradient.
     """
 
-    def __init__(self, n: int, d_model: int, padding_idx: int, *, rng: Rng, dtype=np.float32):
+    def __init__(
+        self, n: int, d_model: int, padding_idx: int, *, rng: Rng, dtype: DTypeLike = np.float32
+    ):
         self.weight = Parameter(rng.normal(0, d_model**-0.5, (n, d_model)).astype(dtype))
         self.weight.data[padding_idx] = 0
         self.padding_idx = padding_idx
@@ -73,12 +76,12 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
-    """y = weight * (x - mean) / √(var + eps) + bias over the last axis.   x (..., C)  ->  y (..., C)
+    """y = weight * (x - mean) / √(var + eps) + bias, over the last axis.   x, y (..., C)
 
     weight starts 1 and bias 0: at first it only normalises.
     """
 
-    def __init__(self, d_model: int, eps: float = 1e-5, *, dtype=np.float32):
+    def __init__(self, d_model: int, eps: float = 1e-5, *, dtype: DTypeLike = np.float32):
         self.weight = Parameter(np.ones(d_model, dtype))
         self.bias = Parameter(np.zeros(d_model, dtype))
         self.eps = eps

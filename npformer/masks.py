@@ -28,7 +28,7 @@ def padding_mask(ids: Array, pad_id: int) -> Array:
 
 
 def causal_mask(T: int, S: int | None = None, offset: int = 0) -> Array:
-    """True where the key is not after the query: S_position <= T_position + offset.   ->   (T, S)
+    """True where the key is not after the query: key position <= query position + offset. (T, S)
 
     A lower triangle: row t (a query) may look at the columns (keys) 0..t.  When the first
     `offset` keys were computed earlier and the T queries continue them, query 0 stands at
@@ -40,7 +40,7 @@ def causal_mask(T: int, S: int | None = None, offset: int = 0) -> Array:
 
 
 def window_mask(T: int, S: int, width: int, offset: int = 0) -> Array:
-    """True for the keys at most `width` - 1 positions before the query, and all later.   ->  (T, S)
+    """True for the keys at most `width` - 1 positions before the query, and all later.   (T, S)
 
     `causal_mask(T, S) & window_mask(T, S, width)` is sliding-window attention: the last `width`
     positions, the query's own included.

@@ -540,9 +540,10 @@ def _check_matmul(a: Array, b: Array) -> None:
         )
     k_a, k_b = a.shape[-1], b.shape[-2] if b.ndim > 1 else b.shape[0]
     if k_a != k_b:
+        which = "second to last" if b.ndim > 1 else "only"
         raise ValueError(
-            f"matmul: the last axis of a ({k_a}) must equal the {'second to last' if b.ndim > 1 else 'only'} "
-            f"axis of b ({k_b}), got shapes {a.shape} and {b.shape}"
+            f"matmul: the last axis of a ({k_a}) must equal the {which} axis of b ({k_b}), "
+            f"got shapes {a.shape} and {b.shape}"
         )
     try:
         np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
@@ -559,8 +560,8 @@ def _check_linear(x: Array, weight: Array, bias: Array | None) -> None:
         raise ValueError(f"linear: weight must be (O, I), got shape {weight.shape}")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"linear: x must be (..., I) with I = {weight.shape[1]}, got shape {x.shape}; weight is "
-            f"stored (O, I) = {weight.shape}"
+            f"linear: x must be (..., I) with I = {weight.shape[1]}, got shape {x.shape}; "
+            f"weight is stored (O, I) = {weight.shape}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias must be (O,) = {weight.shape[:1]}, got shape {bias.shape}")
@@ -626,8 +627,8 @@ def _check_mask(op: str, mask: Mask, shape: tuple[int, ...]) -> None:
     if mask.ndim > len(shape) or any(m not in (1, n) for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"
         raise ValueError(
-            f"{op}: mask of shape {mask.shape} does not broadcast to {letters} = {shape}; a padding "
-            "mask is (B, 1, 1, S), a causal one (T, S), one of your own per sample (B, 1, T, S)"
+            f"{op}: mask of shape {mask.shape} does not broadcast to {letters} = {shape}; "
+            "a padding mask is (B, 1, 1, S), a causal one (T, S), one per sample (B, 1, T, S)"
         )
 
 

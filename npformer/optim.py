@@ -10,7 +10,7 @@ has ten parameters or a thousand.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -39,6 +39,7 @@ class Optimizer:
     """
 
     buffers: tuple[str, ...] = ()  # what a subclass remembers of each element, by name
+    update: Callable[..., None]  # (data, grad, rate, **buffers): all (n,); writes all but grad
 
     def __init__(self, parameters: Sequence[Parameter], rate: float | Schedule):
         self.rate = rate if callable(rate) else constant(rate)
@@ -56,10 +57,6 @@ class Optimizer:
             part = slice(i, i + CHUNK)
             state = {name: array[part] for name, array in self.state.items()}
             self.update(self.data[part], self.grad[part], rate, **state)
-
-    def update(self, data: Array, grad: Array, rate: float, **state: Array) -> None:
-        """Change `data` and the state in place, leave `grad` alone; all of one shape (n,)."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Array]:
         return {"steps": np.array(self.steps), **{k: x.copy() for k, x in self.state.items()}}
@@ -83,7 +80,7 @@ def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
         raise ValueError("an optimizer needs at least one parameter")
     n = sum(p.data.size for p in parameters)
     data, grad = parameters[0].data.base, parameters[0].grad.base
-    if data is not None and data.shape == (n,):
+    if data is not None and grad is not None and data.shape == (n,):
         ends = np.cumsum([p.data.nbytes for p in parameters]).tolist()
         starts = [p.data.ctypes.data - data.ctypes.data for p in parameters]
         if all(p.data.base is data for p in parameters) and starts == [0, *ends[:-1]]:
@@ -191,7 +188,7 @@ class AdamW(Adam):
 
 
 def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
-    """Scale all gradients so that their common L2 norm is at most `max_norm`; return the norm before.
+    """Scale all gradients to a common L2 norm of at most `max_norm`; return the norm before.
 
     As torch's clip_grad_norm_: the factor is min(1, max_norm / (norm + 1e-6)).
     """

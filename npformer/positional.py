@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer.module import Module, Parameter
 from npformer.ops import Array, Forward, Rng
@@ -45,7 +46,7 @@ class LearnedPositions(Module):
     The rows start N(0, 1/C), like the embeddings.
     """
 
-    def __init__(self, max_len: int, d_model: int, *, rng: Rng, dtype=np.float32):
+    def __init__(self, max_len: int, d_model: int, *, rng: Rng, dtype: DTypeLike = np.float32):
         self.weight = Parameter(rng.normal(0, d_model**-0.5, (max_len, d_model)).astype(dtype))
 
     def forward(self, x: Array, offset: int = 0) -> Forward:

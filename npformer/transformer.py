@@ -12,8 +12,10 @@ Shapes  B batch, S source positions, T target positions, C model width, V target
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from npformer import checkpoint, ops
 from npformer.config import TransformerConfig
@@ -38,9 +40,16 @@ class Transformer(Module):
     `rng` draws the initial weights; the same seed gives both twins the same model.
     """
 
-    def __init__(self, config: TransformerConfig, rng: Rng | None = None, dtype=np.float32):
+    src_embedding: Any  # None where the target's is shared, or there is no encoder
+    src_positions: Any  # None where there is no encoder, like the encoder itself
+    encoder: Any
+    decoder: Any
+
+    def __init__(
+        self, config: TransformerConfig, rng: Rng | None = None, dtype: DTypeLike = np.float32
+    ):
         c, rng = config, np.random.default_rng() if rng is None else rng
-        kind = dict(rng=rng, dtype=dtype)
+        kind: Any = dict(rng=rng, dtype=dtype)
         self.config = config
         self.dtype = np.dtype(dtype)
 
@@ -52,7 +61,7 @@ class Transformer(Module):
                 return SinusoidalPositions(c.max_len, c.d_model)
             return LearnedPositions(c.max_len, c.d_model, **kind)
 
-        def layer(Layer: type) -> EncoderLayer | DecoderLayer:
+        def layer(Layer: Any) -> Any:
             return Layer(
                 c.d_model,
                 c.n_heads,
@@ -175,7 +184,7 @@ class Transformer(Module):
         checkpoint.save(folder, self.config, self.state_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, dtype=np.float32) -> "Transformer":
+    def load(cls, folder: str | Path, dtype: DTypeLike = np.float32) -> "Transformer":
         """The model in that folder.  Raises CheckpointError, naming the file and the reason."""
         config, state = checkpoint.load(folder)
         model = cls(config, np.random.default_rng(0), dtype)

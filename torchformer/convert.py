@@ -14,7 +14,7 @@ def to_torch(
     dtype: torch.dtype | None = None,
 ) -> "torchformer.Transformer":
     """The same model in PyTorch.  dtype None keeps the model's own; float64 -> float32 rounds."""
-    dtype = dtype or getattr(torch, model.dtype.name)
+    dtype = getattr(torch, model.dtype.name) if dtype is None else dtype
     twin = torchformer.Transformer(model.config, np.random.default_rng(0), dtype, device)
     twin.load_state_dict({name: torch.from_numpy(x) for name, x in model.state_dict().items()})
     return twin

@@ -14,7 +14,8 @@ from torchformer.ops import Mask, dropout
 class DecoderLayer(nn.Module):
     """Self-attention, cross-attention, feed-forward; a residual and a LayerNorm around each.
 
-    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    x (B, T, C)   memory (B, S, C)   ->   y (B, T, C)
+    mask -> (B, H, T, T) is the self-attention's, memory_mask -> (B, H, T, S) the cross-attention's.
     """
 
     def __init__(
@@ -83,7 +84,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
 
-    x (B, T, C)   memory (B, S, C)   mask -> (B, H, T, T)   memory_mask -> (B, H, T, S)   ->   y (B, T, C)
+    x (B, T, C)   memory (B, S, C)   ->   y (B, T, C)
+    mask -> (B, H, T, T) is the self-attention's, memory_mask -> (B, H, T, S) the cross-attention's.
     """
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm | None = None):

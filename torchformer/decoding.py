@@ -41,6 +41,6 @@ def greedy(
 def check_max_len(max_len: int, positions: int) -> None:
     if not 1 <= max_len < positions:
         raise ValueError(
-            f"max_len must be 1 to {positions - 1}: the model has {positions} positions, and one is "
-            f"the start token's; got {max_len}"
+            f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "
+            "positions, and one is the start token's"
         )

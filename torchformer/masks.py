@@ -16,7 +16,7 @@ def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
 
 
 def causal_mask(T: int, S: int | None = None, offset: int = 0, device=None) -> Tensor:
-    """True where the key is not after the query: S_position <= T_position + offset.   ->   (T, S)"""
+    """True where the key is not after the query: key position <= query position + offset. (T, S)"""
     S = offset + T if S is None else S
     query = torch.arange(T, device=device)[:, None] + offset
     key = torch.arange(S, device=device)
@@ -24,7 +24,7 @@ def causal_mask(T: int, S: int | None = None, offset: int = 0, device=None) -> T
 
 
 def window_mask(T: int, S: int, width: int, offset: int = 0, device=None) -> Tensor:
-    """True for the keys at most `width` - 1 positions before the query, and all later.  ->  (T, S)"""
+    """True for the keys at most `width` - 1 positions before the query, and all later.   (T, S)"""
     if width < 1:
         raise ValueError(f"window_mask: width must be at least 1, got {width}")
     query = torch.arange(T, device=device)[:, None] + offset

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def sinusoidal_table(n: int, d_model: int) -> Tensor:
-    """PE[t, 2i] = sin(t / 10000^(2i/C)),  PE[t, 2i+1] = cos(t / 10000^(2i/C))   ->   (n, C) float64"""
+    """PE[t, 2i] = sin(t / 10000^(2i/C)),  PE[t, 2i+1] = cos(t / 10000^(2i/C)).   (n, C), float64"""
     t = torch.arange(n, dtype=torch.float64)[:, None]  # (n, 1)
     even = torch.arange(0, d_model, 2, dtype=torch.float64)
     frequency = torch.exp(-math.log(10000) / d_model * even)  # 1 / 10000^(2i/C)
@@ -28,7 +28,7 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", sinusoidal_table(max_len, d_model), persistent=False)
 
     def _apply(self, fn, recurse=True):
-        """`.to(device)` is to move the table; `.to(dtype)` is not to round it: it is cast at use."""
+        """`.to(device)` is to move the table, `.to(dtype)` not to round it: it is cast at use."""
         super()._apply(fn, recurse)
         n, d_model = self.table.shape
         self.table = sinusoidal_table(n, d_model).to(self.table.device)

@@ -12,6 +12,7 @@ Shapes  B batch, S source positions, T target positions, C model width, V target
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,11 @@ class Transformer(nn.Module):
     same model.
     """
 
+    src_embedding: Any  # None where the target's is shared, or there is no encoder
+    src_positions: Any  # None where there is no encoder, like the encoder itself
+    encoder: Any
+    decoder: Any
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -59,7 +65,7 @@ class Transformer(nn.Module):
             kind = SinusoidalPositions if c.positions == "sinusoidal" else LearnedPositions
             return kind(c.max_len, c.d_model)
 
-        def layer(Layer: type) -> EncoderLayer | DecoderLayer:
+        def layer(Layer: Any) -> Any:
             return Layer(
                 c.d_model,
                 c.n_heads,
@@ -101,12 +107,13 @@ class Transformer(nn.Module):
 
         Draws in the order of the parameters, which is the order in which the NumPy twin draws.
         """
+        c = self.config
         for name, parameter in self.named_parameters():
             shape = tuple(parameter.shape)
             if "embedding" in name or "positions" in name:
-                drawn = rng.normal(0, self.config.d_model**-0.5, shape)
+                drawn = rng.normal(0, c.d_model**-0.5, shape)
                 if "embedding" in name:
-                    drawn[self.get_submodule(name.rpartition(".")[0]).padding_idx] = 0
+                    drawn[c.src_pad_id if name.startswith("src") else c.tgt_pad_id] = 0
                 parameter.copy_(torch.from_numpy(drawn))
             elif parameter.ndim == 2:
                 bound = math.sqrt(6 / sum(shape))
