@@ -144,7 +144,7 @@ def embedding(ids: Array, weight: Array, padding_idx: int | None = None) -> Forw
     The row `padding_idx` is read like any other but gets no gradient.  Ids outside [0, V) are
     refused: -1 would otherwise silently read the last row.
     """
-    _check_ids("embedding", ids, len(weight))
+    _check_embedding(ids, weight, padding_idx)
     y = weight.take(ids, axis=0)  # (..., C)
     shape = weight.shape
 
@@ -156,7 +156,7 @@ def embedding(ids: Array, weight: Array, padding_idx: int | None = None) -> Forw
             flat_ids = ids.reshape(-1)
             order = np.argsort(flat_ids, kind="stable")
             sorted_ids = flat_ids[order]
-            starts = np.flatnonzero(np.diff(sorted_ids, prepend=sorted_ids[0] - 1))
+            starts = np.flatnonzero(np.append(True, sorted_ids[1:] != sorted_ids[:-1]))
             dy_rows = dy.reshape(len(order), -1)
             dweight[sorted_ids[starts]] = np.add.reduceat(dy_rows[order], starts, axis=0)
         if padding_idx is not None:
@@ -178,6 +178,7 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
     gradient: never NaN, and never the uniform row that a -1e9 fill gives.
     """
     _check_floats("softmax", x=x)
+    _check_last_axis("softmax", "x", x, "S")
     _check_mask("softmax", mask, x.shape)
     e = _exp_up_to_scale(x, mask)
     total = sum_last(e)  # (..., 1)
@@ -210,6 +211,7 @@ def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
 def log_softmax(x: Array) -> Forward:
     """y = x - log Σ exp(x) over the last axis.   x (..., S)   ->   y (..., S)"""
     _check_floats("log_softmax", x=x)
+    _check_last_axis("log_softmax", "x", x, "S")
     shifted = x - x.max(axis=-1, keepdims=True)  # so that no exp overflows
     y = shifted - np.log(sum_last(np.exp(shifted)))
 
@@ -228,9 +230,8 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     Beware of the two meanings: here True is *overwritten*, in an attention mask True is *kept*.
     Hence `masked_fill(scores, ~mask, -np.inf)`.
     """
-    _check_floats("masked_fill", x=x)
-    check_boolean("masked_fill", mask, "may be overwritten")
-    y = np.where(mask, value, x)
+    _check_masked_fill(x, mask)
+    y = np.where(mask, float(value), x)  # a Python float: np.float64 would promote float32
     shape = x.shape
 
     def backward(dy):
@@ -426,7 +427,7 @@ def cross_entropy(
     counted = np.full(labels.shape, True) if ignore_index is None else labels != ignore_index
     labels = np.where(counted, labels, 0)  # any valid class: these rows are left out below
     rows = np.arange(len(labels))
-    n = int(counted.sum()) if n_targets is None else n_targets
+    n = int(counted.sum() if n_targets is None else n_targets)  # np.int64 would promote float32
     if n == 0:
         warnings.warn("cross_entropy: every target is ignored, so the loss is NaN", stacklevel=2)
 
@@ -439,7 +440,7 @@ def cross_entropy(
     losses = (1 - label_smoothing) * (log_total - shifted[rows, labels])
     if label_smoothing:
         losses += label_smoothing * (log_total - sum_last(shifted)[:, 0] / V)
-    loss = (losses * counted).sum() / n if n else logits.dtype.type(np.nan)
+    loss = losses[counted].sum() / n if n else logits.dtype.type(np.nan)
 
     def backward(dloss=1.0):
         # d(-Σ t_v log p_v) / dlogits = p - t, over n.
@@ -578,6 +579,26 @@ def _check_ids(op: str, ids: Array, n_rows: int) -> None:
         )
 
 
+def _check_embedding(ids: Array, weight: Array, padding_idx: int | None) -> None:
+    _check_floats("embedding", weight=weight)
+    if weight.ndim != 2:
+        raise ValueError(f"embedding: weight must be (V, C), got shape {weight.shape}")
+    _check_ids("embedding", ids, len(weight))
+    if padding_idx is not None and not 0 <= padding_idx < len(weight):
+        raise ValueError(
+            f"embedding: padding_idx must be in 0..{len(weight) - 1}, a row of weight, "
+            f"got {padding_idx}"
+        )
+
+
+def _check_last_axis(op: str, name: str, x: Array, letter: str) -> None:
+    """There is one, and it is not empty."""
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name} must be (..., {letter}) with {letter} at least 1, got shape {x.shape}"
+        )
+
+
 def _check_attention(q: Array, k: Array, mask: Mask) -> None:
     _check_floats("attention", q=q, k=k)
     if min(q.ndim, k.ndim) < 2 or q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
@@ -589,6 +610,8 @@ def _check_attention(q: Array, k: Array, mask: Mask) -> None:
         raise ValueError(
             f"attention: there are no keys to attend to (S = 0), k has shape {k.shape}"
         )
+    if k.shape[-1] == 0:
+        raise ValueError(f"attention: there is nothing to compare (D = 0), q has shape {q.shape}")
     _check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
 
 
@@ -632,9 +655,21 @@ def _check_mask(op: str, mask: Mask, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_masked_fill(x: Array, mask: Array) -> None:
+    _check_floats("masked_fill", x=x)
+    check_boolean("masked_fill", mask, "may be overwritten")
+    try:
+        np.broadcast_shapes(x.shape, mask.shape)
+    except ValueError:
+        raise ValueError(
+            f"masked_fill: mask of shape {mask.shape} does not broadcast with x of shape {x.shape}"
+        ) from None
+
+
 def _check_layer_norm(x: Array, weight: Array, bias: Array) -> None:
     _check_floats("layer_norm", x=x, weight=weight, bias=bias)
-    if x.ndim == 0 or not x.shape[-1:] == weight.shape == bias.shape:
+    _check_last_axis("layer_norm", "x", x, "C")
+    if not x.shape[-1:] == weight.shape == bias.shape:
         raise ValueError(
             "layer_norm: x must be (..., C), weight and bias (C,), "
             f"got shapes {x.shape}, {weight.shape} and {bias.shape}"
@@ -643,9 +678,10 @@ def _check_layer_norm(x: Array, weight: Array, bias: Array) -> None:
 
 def _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targets) -> None:
     _check_floats("cross_entropy", logits=logits)
+    _check_last_axis("cross_entropy", "logits", logits, "V")
     if not isinstance(targets, np.ndarray) or not np.issubdtype(targets.dtype, np.integer):
         raise TypeError("cross_entropy: targets must be an integer array of class ids")
-    if logits.ndim == 0 or logits.shape[:-1] != targets.shape:
+    if logits.shape[:-1] != targets.shape:
         raise ValueError(
             "cross_entropy: logits must be (..., V) and targets (...), "
             f"got shapes {logits.shape} and {targets.shape}"
