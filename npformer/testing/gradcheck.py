@@ -19,7 +19,7 @@ import numpy as np
 from npformer.module import Module
 
 Array = np.ndarray
-LIMIT = 10.0  # in units of rounding; right gradients are found below 2, wrong ones above 10⁴
+LIMIT = 10.0  # times what rounding and the step explain
 
 
 def gradient_check(name: str, op: Callable, *inputs: Array) -> float:
@@ -29,8 +29,9 @@ def gradient_check(name: str, op: Callable, *inputs: Array) -> float:
               fresh generator each time, as in lambda x: dropout(x, 0.3, np.random.default_rng(1))
     inputs    float64 arrays are moved, and each must get a gradient; all else is passed on as it is
 
-    Returns the error in units of rounding.  Raises AssertionError that names the op and each input
-    whose gradient is wrong.  Stay away from kinks: at 0, relu has no derivative to compare with.
+    Returns the error in units of what rounding and the length of the step explain.  Raises
+    AssertionError that names the op and each input whose gradient is wrong.  Stay away from kinks:
+    at 0, relu has no derivative to compare with.
     """
     moved = [i for i, x in enumerate(inputs) if _is_float(x)]
     for i in moved:
@@ -49,7 +50,8 @@ def gradient_check(name: str, op: Callable, *inputs: Array) -> float:
             guilty.append(f"{_input_name(op, inputs, i)} {inputs[i].shape} ({alone:.2g})")
     raise AssertionError(
         f"{name}: the difference quotient is {numeric:.9g} but backward says {analytic:.9g}, "
-        f"{error:.2g} x rounding; wrong for {', '.join(guilty) or 'all inputs together'}"
+        f"{error:.2g} x what rounding explains; "
+        f"wrong for {', '.join(guilty) or 'all inputs together'}"
     )
 
 
@@ -60,23 +62,36 @@ def _error(name: str, op: Callable, inputs: tuple, moved: list[int]) -> tuple[fl
     us = {i: rng.standard_normal(inputs[i].shape) / n**0.5 for i in moved}  # together of length ~1
     y, backward = op(*inputs)
     dy = np.asarray(rng.standard_normal(y.shape))  # not ones: rows of softmax have fixed sums
-    h = np.finfo(y.dtype).eps ** (1 / 3)  # balances truncation h² against rounding eps / h
+    eps = float(np.finfo(y.dtype).eps)
+    h = eps ** (1 / 3)  # balances truncation h² against rounding eps / h
 
     def moved_by(step: float) -> Array:
         return op(*(x + step * us[i] if i in us else x for i, x in enumerate(inputs)))[0]
 
-    ahead, behind = moved_by(h), moved_by(-h)
-    dxs = _as_tuple(backward(dy))  # only now: state kept on a layer would be two calls out of date
+    def quotient(step: float) -> float:
+        return float(np.vdot(dy, moved_by(step) - moved_by(-step))) / (2 * step)
+
+    numeric, coarser = quotient(h), quotient(2 * h)
+    dxs = _as_tuple(backward(dy))  # only now: state kept on a layer would be four calls out of date
 
     floats = [i for i, x in enumerate(inputs) if _is_float(x)]
     shapes, expected = [np.shape(dx) for dx in dxs], [inputs[i].shape for i in floats]
     if shapes != expected:
         raise AssertionError(f"{name}: gradients of shapes {shapes} for inputs of {expected}")
-    numeric = float(np.vdot(dy, ahead - behind)) / (2 * h)
     analytic = float(sum(np.vdot(dx, us[i]) for i, dx in zip(floats, dxs, strict=True) if i in us))
-    rounding = h**2 * float(np.vdot(np.abs(dy), np.abs(y)) + abs(analytic))
-    rounding += np.finfo(y.dtype).eps * float(np.abs(dy).sum())  # all that is left of a constant y
-    return abs(numeric - analytic) / rounding, numeric, analytic
+
+    # Rounding.  Where y is a sum that cancels, its terms were rounded: eps of x is eps x dx of y.
+    magnitude = _product(dy, y) + sum(
+        _product(dx, inputs[i]) for i, dx in zip(floats, dxs, strict=True)
+    )
+    # Truncation.  It is of order h², so twice the step makes it four times as large.
+    explained = magnitude * eps / h + abs(coarser - numeric) / 3
+    explained += eps * float(np.abs(dy).sum())  # the gradient's own: y may be constant
+    return abs(numeric - analytic) / explained, numeric, analytic
+
+
+def _product(a: Array, b: Array) -> float:
+    return float(np.vdot(np.abs(a), np.abs(b)))
 
 
 def as_op(module: Module, **kwargs: Any) -> Callable:
