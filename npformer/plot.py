@@ -1,0 +1,47 @@
+"""Pictures, where matplotlib is installed; everything works without."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from npformer.tasks import Task
+
+
+def draw_history(history: Mapping[str, Any], task: Task, path: str | Path) -> bool:
+    """Loss and the task's score against the step, as a PNG.  False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    steps, evaluations = history["steps"], history["evaluations"]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    losses = [entry["loss"] for entry in steps]
+    xs = [entry["step"] for entry in steps]
+    axes.plot(xs, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(xs, _smoothed(losses), color="tab:blue", label="training loss (smoothed)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
+    scores = axes.twinx()
+    label = task.metric.replace("_", " ")
+    scores.plot(
+        [entry["step"] for entry in evaluations],
+        [100 * entry[task.metric] for entry in evaluations],
+        color="tab:orange",
+        marker="o",
+        markersize=3,
+        label=f"held out: {label}",
+    )
+    scores.set(ylabel=f"{label} (%)", ylim=(0, None if task.lower_is_better else 102))
+    axes.set_title(f"npformer: {task.name}")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+    return True
+
+
+def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
+    """An exponential running mean, corrected for its start as Adam's are."""
+    smooth, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smooth.append(mean / weight)
+    return smooth

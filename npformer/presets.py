@@ -1,0 +1,110 @@
+"""Models and recipes that work, by task and name; a file or the command line can change any of it.
+
+Measured results for them are in the README.
+"""
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from npformer.checkpoint import CheckpointError
+from npformer.config import TransformerConfig
+from npformer.tasks import Task
+from npformer.training import Recipe
+
+Settings = dict[str, dict[str, Any]]  # {"model": fields of the config, "recipe": of the recipe}
+
+NO_DROPOUT = {
+    "embedding_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "sublayer_dropout": 0.0,
+}
+# The model of the notes this project grew from: post-norm, as in the paper.
+NOTES = {"d_model": 64, "n_encoder_layers": 3, "n_decoder_layers": 3, "n_heads": 4, "d_ff": 256}
+
+DIGITS: dict[str, Settings] = {
+    # There is no end of digits to train on, so there is nothing for dropout to prevent.
+    "default": {
+        "model": {**NOTES, **NO_DROPOUT, "n_encoder_layers": 2, "n_decoder_layers": 2}
+        | {"norm_first": True},
+        "recipe": {"steps": 1500, "rate": 2e-3},
+    },
+    "notes": {"model": NOTES, "recipe": {"steps": 3000}},
+    "demo": {"model": {**NOTES, **NO_DROPOUT}, "recipe": {"steps": 1500}},
+}
+G2P: dict[str, Settings] = {
+    "default": {
+        "model": {**NOTES, "d_model": 128, "d_ff": 512, "norm_first": True, "max_len": 64},
+        "recipe": {
+            "batch_size": 256,
+            "steps": 5000,
+            "rate": 2e-3,
+            "warmup": 200,
+            "label_smoothing": 0.1,
+            "evaluate_every": 250,
+        },
+    },
+    "notes": {
+        "model": {**NOTES, "max_len": 64},
+        "recipe": {"batch_size": 256, "steps": 5000, "warmup": 400, "label_smoothing": 0.1},
+    },
+}
+
+
+def names(task_name: str) -> list[str]:
+    return list(G2P if task_name == "g2p" else DIGITS)
+
+
+def settings(task: Task, preset: str = "default", file: str | Path | None = None) -> Settings:
+    """The settings of a preset, with those of a TOML file ([model], [recipe]) laid over them."""
+    presets = G2P if task.name == "g2p" else DIGITS
+    if preset not in presets:
+        raise ValueError(f"{task.name} has no preset {preset!r}, there are: {', '.join(presets)}")
+    chosen = {part: dict(values) for part, values in presets[preset].items()}
+    if file is not None:
+        for part, values in read(file).items():
+            chosen[part] |= values
+    return chosen
+
+
+def read(file: str | Path) -> Settings:
+    """A TOML file with the tables [model] and [recipe].  Raises CheckpointError with its path."""
+    known = {
+        "model": {f.name for f in fields(TransformerConfig)},
+        "recipe": {f.name for f in fields(Recipe)},
+    }
+    try:
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not TOML ({error})") from None
+    for part, table in values.items():
+        if part not in known or not isinstance(table, dict):
+            raise CheckpointError(f"{file}: unknown table [{part}], there are [model] and [recipe]")
+        if unknown := sorted(set(table) - known[part]):
+            raise CheckpointError(f"{file}: unknown key {unknown[0]!r} in [{part}]")
+    return values
+
+
+def build(task: Task, chosen: Settings) -> tuple[TransformerConfig, Recipe]:
+    """The config, with the task's vocabularies, and the recipe.  Raises ValueError for bad values."""
+    vocabularies = {
+        "src_vocab_size": len(task.src_vocabulary),
+        "tgt_vocab_size": len(task.tgt_vocabulary),
+        "max_len": max(task.max_src_len, task.max_tgt_len + 1),  # the answer and its start token
+    }
+    config = TransformerConfig(**{**vocabularies, **chosen["model"]})
+    needed = vocabularies["max_len"]
+    if config.max_len < needed:
+        raise ValueError(
+            f"max_len={config.max_len} is too short for {task.name}, it needs {needed}"
+        )
+    sizes = (config.src_vocab_size, config.tgt_vocab_size)
+    if sizes != (len(task.src_vocabulary), len(task.tgt_vocabulary)):
+        raise ValueError(f"the vocabulary sizes are the task's, {task.name} has {sizes}")
+    if config.n_encoder_layers == 0:
+        raise ValueError(f"{task.name} needs an encoder: n_encoder_layers must be at least 1")
+    return config, Recipe(**chosen["recipe"])

