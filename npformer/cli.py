@@ -1,0 +1,484 @@
+"""The command line: `npformer demo | train | check | predict`, also as `python -m npformer`."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import npformer
+from npformer import presets, tasks, training
+from npformer.allocator import keep_freed_memory
+from npformer.checkpoint import CheckpointError
+from npformer.decoding import greedy
+from npformer.plot import draw_history
+from npformer.tasks import EOS, SOS, Task, pad
+from npformer.tasks.task import make_batch
+from npformer.transformer import Transformer
+
+GET_TORCH = "pip install 'npformer[torch]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: all well;  1: the twins disagree;  2: bad input, said in one line."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, OSError, MissingError) as error:
+        message = " ".join(str(error).split())
+        print(f"npformer {options.command}: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"npformer {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader (head, less) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class MissingError(Exception):
+    """Something that was asked for is not installed or not there."""
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="npformer",
+        description="The Transformer in plain NumPy, every gradient written by hand, and its twin "
+        "in PyTorch, proven equal.",
+        epilog="Start with: npformer demo",
+    )
+    top.add_argument("--version", action="version", version=f"npformer {npformer.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train in NumPy for half a minute, convert to PyTorch, compare the two",
+        description="Train the Transformer on sorting digits in plain NumPy, convert it to PyTorch, "
+        "and compare logits, loss, every gradient and decoded answers of the two.",
+    )
+    demo.add_argument("--steps", type=_positive, help="training steps (default 1500)")
+    demo.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
+    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.set_defaults(run=run_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on a task, with NumPy or PyTorch",
+        description="Train a model.  Tasks: sort, reverse, repeats (sort few different digits), "
+        "permutation (sort 0-9), digits (a mix of the sorting tasks), g2p (how English words are "
+        "pronounced).  The best checkpoint on held-out data is kept; Ctrl-C saves and leaves.",
+    )
+    train.add_argument("task", nargs="?", choices=tasks.NAMES, metavar="TASK", help="see above")
+    train.add_argument(
+        "--backend", choices=("numpy", "torch"), help="which twin trains (default numpy)"
+    )
+    train.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for --backend torch"
+    )
+    train.add_argument("--steps", type=_positive, help="stop after so many steps")
+    train.add_argument("--minutes", type=_positive_float, help="stop after so much time")
+    train.add_argument(
+        "--patience", type=_positive, help="stop after so many evaluations without a better one"
+    )
+    train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
+    train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    train.add_argument("--seed", type=int, help="of weights, data and dropout (default 0)")
+    train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
+    train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    train.set_defaults(run=run_train)
+
+    check = commands.add_parser(
+        "check",
+        help="compare the twins on a checkpoint; exit code 1 where they disagree",
+        description="Load a checkpoint into both twins and compare logits, loss and every gradient "
+        "in float64 and float32, and the answers they decode.",
+    )
+    check.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    check.set_defaults(run=run_check)
+
+    predict = commands.add_parser(
+        "predict",
+        help="the model's answer to each input",
+        description="One answer a line, for the inputs given or, without any, for each line of "
+        "standard input.  A bad input gives an empty line and a message; the exit code is then 2.",
+    )
+    predict.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    predict.add_argument("inputs", nargs="*", metavar="WORD", help="such as 312, or hypothesis")
+    predict.add_argument("--backend", choices=("numpy", "torch"), default="numpy")
+    predict.set_defaults(run=run_predict)
+
+    for command in (demo, train, check, predict):
+        command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    return top
+
+
+# --- The commands -----------------------------------------------------------------------------
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    say = _quiet if options.json else print
+    task = tasks.load("sort")
+    config, recipe = presets.build(task, presets.settings(task, "demo"))
+    recipe = replace(recipe, steps=options.steps or recipe.steps)
+    keep_freed_memory()
+    say("1. Training a Transformer to sort digits, in NumPy alone (312 -> 123) ...")
+    trainer = training.Trainer(config, recipe, options.seed)
+    with _reporter(task, options.json) as report:
+        outcome = training.run(
+            trainer,
+            task,
+            options.out,
+            recipe=recipe,
+            seed=options.seed,
+            minutes=1.0,  # on a slow machine the schedule is shortened to fit
+            about={"preset": "demo"},
+            report=report,
+        )
+    if outcome.ended == "interrupted":
+        say(f"Interrupted; go on with: npformer train --resume {options.out}")
+        return 130
+    scores = outcome.scores
+    say(
+        f"   {outcome.progress.step} steps in {outcome.progress.seconds:.0f} s.  Held-out sequences "
+        f"sorted exactly: {scores['exact_match']:.1%} of lengths 3-8, "
+        f"{scores['exact_match_long']:.1%} of lengths 6-8."
+    )
+    model = Transformer.load(options.out)
+    examples = task.test()[:200]
+    result: dict[str, Any] = {"steps": outcome.progress.step, "scores": scores}
+    hint = (
+        f"Next: npformer predict {options.out} 8675309    npformer train g2p --minutes 10\n"
+        "      and read npformer/ops.py"
+    )
+    try:
+        import torchformer.check  # noqa: F401
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        say(f"2. The comparison with PyTorch is skipped: torch is not installed ({GET_TORCH}).")
+        for example in examples[:3]:
+            say(
+                f"   {task.format(example.src)} -> {task.format(_numpy_answers(model, [example])[0])}"
+            )
+        say(hint)
+        result |= {"agree": None, "skipped": f"torch is not installed: {GET_TORCH}"}
+    else:
+        say("2. The same weights in PyTorch: are the two the same function?")
+        result |= _compare(model, task, examples, say)
+        say(hint)
+        say(result["verdict"])
+    result["seconds"] = time.perf_counter() - started
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 1 if result["agree"] is False else 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    say = _quiet if options.json else print
+    if options.resume:
+        folder, about = Path(options.resume), training.load_run(options.resume)
+        for name in ("task", "backend", "seed"):
+            if getattr(options, name) not in (None, about[name]):
+                raise ValueError(f"the run in {folder} has {name} {about[name]}")
+        if options.preset or options.config or options.out:
+            raise ValueError("--resume goes on as it began: no --preset, --config or --out")
+        task = tasks.load(about["task"])
+        config = npformer.TransformerConfig.from_json(about["config"])
+        recipe = training.Recipe(**about["recipe"])
+        backend, seed = about["backend"], about["seed"]
+    else:
+        if options.task is None:
+            raise ValueError(f"which task? one of {', '.join(tasks.NAMES)}")
+        task = tasks.load(options.task)
+        chosen = presets.settings(task, options.preset or "default", options.config)
+        config, recipe = presets.build(task, chosen)
+        backend, seed = options.backend or "numpy", options.seed or 0
+        folder = Path(options.out) if options.out else _free_folder(task.name)
+        if (folder / training.RUN).exists():
+            raise ValueError(f"{folder} holds a run: --resume {folder}, or give another --out")
+        about = {"preset": options.preset or "default", "config": config.to_json()}
+    if seed < 0:
+        raise ValueError(f"--seed must not be negative, got {seed}")
+    if options.steps:
+        recipe = replace(recipe, steps=options.steps)
+    elif options.minutes:
+        recipe = replace(recipe, steps=10**9)
+    keep_freed_memory()
+    trainer = _trainer(backend, config, recipe, seed, options.device)
+    say(
+        f"Training {task.name} with {backend}: {config.n_encoder_layers}+{config.n_decoder_layers} "
+        f"layers, d_model {config.d_model}, {_count(trainer.weights())} parameters -> {folder}"
+    )
+    with _reporter(task, options.json) as report:
+        outcome = training.run(
+            trainer,
+            task,
+            folder,
+            recipe=recipe,
+            seed=seed,
+            minutes=options.minutes,
+            patience=options.patience,
+            about=about,
+            resume=bool(options.resume),
+            report=report,
+        )
+    drawn = draw_history(outcome.progress.history, task, folder / "loss.png")
+    progress = outcome.progress
+    if outcome.ended == "interrupted":
+        say(f"Stopped at step {progress.step}.  Go on with: npformer train --resume {folder}")
+    else:
+        say(
+            f"{progress.step} steps in {progress.seconds:.0f} s; the best checkpoint is of step "
+            f"{progress.best_step}.  Held-out test data: {_percentages(outcome.scores)}"
+        )
+        if drawn:
+            say(f"Loss curve: {folder / 'loss.png'}")
+        example = "hypothesis" if task.name == "g2p" else "31524"
+        say(f"Next: npformer predict {folder} {example}    npformer check {folder}")
+    if options.json:
+        summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
+        summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
+        print(json.dumps(summary | outcome.scores, indent=2))
+    return 130 if outcome.ended == "interrupted" else 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    say = _quiet if options.json else print
+    _need_torch("check compares NumPy with PyTorch")
+    model, task = _load(options.folder)
+    result = _compare(model, task, task.test()[:200], say)
+    say(f"Next: npformer predict {options.folder} {task.name == 'g2p' and 'hypothesis' or '31524'}")
+    say(result["verdict"])
+    if options.json:
+        print(json.dumps(result, indent=2))
+    return 0 if result["agree"] else 1
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    if options.backend == "torch":
+        _need_torch("--backend torch")
+    model, task = _load(options.folder)
+    failed, results = False, []
+    for text, ids, error in _inputs(options.inputs, task):
+        if error is not None:
+            failed = True
+            print(f"npformer predict: {error}", file=sys.stderr)
+            results.append({"input": text, "error": error})
+        else:
+            answer = task.format(_answers(options.backend, model, [ids], task)[0])
+            results.append({"input": text, "output": answer})
+        if not options.json:
+            print(results.pop().get("output", ""), flush=True)
+    if options.json:
+        print(json.dumps(results, indent=2))
+    return 2 if failed else 0
+
+
+# --- What they share --------------------------------------------------------------------------
+
+
+def _compare(model: Transformer, task: Task, examples: Sequence[tasks.Example], say) -> dict:
+    """The table of the comparison, its verdict and its numbers."""
+    from torchformer.check import compare
+
+    rows = compare(model, make_batch([(e.src, e.references[0]) for e in examples[:32]]))
+    sources = [example.src for example in examples]
+    ours, theirs = (_answers(backend, model, sources, task) for backend in ("numpy", "torch"))
+    same = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    say(f"   {'':<10} {'precision':<9} {'error':>8} {'allowed':>8}")
+    for row in rows:
+        at = f"   worst: {row.where}" if row.where else ""
+        mark = "ok" if row.holds else "OUT"
+        say(f"   {row.name:<10} {row.dtype:<9} {row.error:>8.1e} {row.bound:>8.1e}  {mark}{at}")
+    for source, a, b in zip(sources[:3], ours, theirs, strict=False):
+        say(f"   {_text(task, source)} -> NumPy {task.format(a)}   PyTorch {task.format(b)}")
+    agree = all(row.holds for row in rows) and same == len(examples)
+    n = sum(1 for _ in model.named_parameters())
+    verdict = (
+        f"{'agree' if agree else 'disagree'}: logits, loss and the gradients of {n} parameters; "
+        f"{same} of {len(examples)} decoded answers are the same"
+    )
+    return {
+        "agree": agree,
+        "verdict": verdict,
+        "comparisons": [vars(row) | {"holds": row.holds} for row in rows],
+        "same_answers": same,
+        "answers": len(examples),
+    }
+
+
+def _answers(backend: str, model: Transformer, sources: list[list[int]], task: Task) -> list:
+    if backend == "numpy":
+        return greedy(model, pad(sources), max_len=task.max_tgt_len, sos_id=SOS, eos_id=EOS)
+    import torch
+
+    import torchformer
+    from torchformer.convert import to_torch
+
+    twin = to_torch(model).eval()
+    src = torch.from_numpy(pad(sources))
+    return torchformer.greedy(twin, src, max_len=task.max_tgt_len, sos_id=SOS, eos_id=EOS)
+
+
+def _numpy_answers(model: Transformer, examples: Sequence[tasks.Example]) -> list[list[int]]:
+    return greedy(model, pad([e.src for e in examples]), max_len=10, sos_id=SOS, eos_id=EOS)
+
+
+def _text(task: Task, ids: Sequence[int]) -> str:
+    return "".join(task.src_vocabulary.decode(ids))
+
+
+def _load(folder: str) -> tuple[Transformer, Task]:
+    about = training.load_run(folder)
+    model, task = Transformer.load(folder), tasks.load(about["task"])
+    sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
+    if (model.config.src_vocab_size, model.config.tgt_vocab_size) != sizes:
+        raise CheckpointError(f"{folder}: the model's vocabularies are not those of {task.name}")
+    return model, task
+
+
+def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], str | None]]:
+    """Each input with its ids, or with what is wrong with it."""
+    for i, raw in enumerate(given or sys.stdin.buffer, 1):
+        try:
+            text = raw if isinstance(raw, str) else raw.decode("utf-8").rstrip("\r\n")
+            yield text, task.parse(text), None
+        except ValueError as error:
+            yield str(raw), [], f"input {i}: {error}"
+
+
+def _trainer(backend: str, config, recipe, seed: int, device: str):
+    if backend == "numpy":
+        if device == "cuda":
+            raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
+        return training.Trainer(config, recipe, seed)
+    _need_torch("--backend torch")
+    import torch
+
+    import torchformer.training
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingError("--device cuda: torch finds no CUDA device here")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torchformer.training.Trainer(config, recipe, seed, device)
+
+
+def _need_torch(what: str) -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise MissingError(f"{what}, and torch is not installed: {GET_TORCH}") from None
+
+
+def _free_folder(name: str) -> Path:
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that holds no run."""
+    folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
+    return next(folder for folder in folders if not (folder / training.RUN).exists())
+
+
+def _count(weights: dict) -> str:
+    return f"{sum(x.size for x in weights.values()):,}"
+
+
+def _percentages(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in scores.items())
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _quiet(*_: object) -> None:
+    pass
+
+
+# --- Progress ---------------------------------------------------------------------------------
+
+
+def _reporter(task: Task, quiet: bool):
+    if quiet:
+        return _Quiet()
+    return _Bar(task) if sys.stdout.isatty() else _Lines()
+
+
+class _Quiet(training.Silent):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+class _Lines(_Quiet):
+    """A line for each evaluation: for logs and pipes."""
+
+    last: dict[str, float]
+
+    def step(self, entry):
+        self.last = entry
+
+    def evaluation(self, entry, is_best):
+        scores = {k: v for k, v in entry.items() if k not in ("step", "seconds")}
+        mark = "  (best so far)" if is_best else ""
+        print(
+            f"   step {entry['step']:>6}  {entry['seconds']:6.0f} s  loss {self.last['loss']:.3f}  "
+            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}",
+            flush=True,
+        )
+
+
+class _Bar(_Quiet):
+    """A live progress bar: for people."""
+
+    def __init__(self, task: Task):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.task, self.loss, self.score = task, 0.0, ""
+        self.progress = Progress(
+            TextColumn("  "),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+            TextColumn("{task.fields[score]}", style="green"),
+            TimeRemainingColumn(),
+        )
+        self.bar = self.progress.add_task("", total=1, loss=0.0, speed=0.0, score="")
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def step(self, entry):
+        self.loss = entry["loss"] if not self.loss else 0.95 * self.loss + 0.05 * entry["loss"]
+        self.progress.update(
+            self.bar,
+            completed=entry["step"],
+            total=entry["total"],
+            loss=self.loss,
+            speed=entry["tokens_per_second"],
+        )
+
+    def evaluation(self, entry, is_best):
+        metric = self.task.metric
+        score = f"{metric.replace('_', ' ')} {entry[metric]:.1%}"
+        self.progress.update(self.bar, score=score)
