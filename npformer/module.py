@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from npformer.checkpoint import check_state
 from npformer.ops import Array, Forward
 
 
@@ -75,6 +74,8 @@ class Module:
         Raises ValueError if a name is missing or unknown, or a shape differs; values are
         converted to the dtype of the parameters.
         """
+        from npformer.checkpoint import check_state  # not needed to import, only to load
+
         parameters = dict(self.named_parameters())
         check_state({name: p.data.shape for name, p in parameters.items()}, state)
         for name, parameter in parameters.items():

@@ -90,7 +90,7 @@ def read(file: str | Path) -> Settings:
 
 
 def build(task: Task, chosen: Settings) -> tuple[TransformerConfig, Recipe]:
-    """The config, with the task's vocabularies, and the recipe.  Raises ValueError for bad values."""
+    """The config, with the task's vocabularies, and the recipe.  Raises ValueError."""
     vocabularies = {
         "src_vocab_size": len(task.src_vocabulary),
         "tgt_vocab_size": len(task.tgt_vocabulary),
@@ -99,9 +99,7 @@ def build(task: Task, chosen: Settings) -> tuple[TransformerConfig, Recipe]:
     config = TransformerConfig(**{**vocabularies, **chosen["model"]})
     needed = vocabularies["max_len"]
     if config.max_len < needed:
-        raise ValueError(
-            f"max_len={config.max_len} is too short for {task.name}, it needs {needed}"
-        )
+        raise ValueError(f"max_len={config.max_len} is too short for {task.name}: {needed}")
     sizes = (config.src_vocab_size, config.tgt_vocab_size)
     if sizes != (len(task.src_vocabulary), len(task.tgt_vocabulary)):
         raise ValueError(f"the vocabulary sizes are the task's, {task.name} has {sizes}")

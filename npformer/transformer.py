@@ -11,13 +11,12 @@ Shapes  B batch, S source positions, T target positions, C model width, V target
 """
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from npformer import checkpoint, ops
+from npformer import ops
 from npformer.config import TransformerConfig
 from npformer.decoder import Decoder, DecoderLayer
 from npformer.encoder import Encoder, EncoderLayer
@@ -26,6 +25,10 @@ from npformer.masks import causal_mask, padding_mask
 from npformer.module import Module, no_grad
 from npformer.ops import Array, Forward, Mask, Rng
 from npformer.positional import LearnedPositions, SinusoidalPositions
+
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class Transformer(Module):
@@ -179,13 +182,17 @@ class Transformer(Module):
             logits, _ = self(src, tgt, src_mask, tgt_mask)
         return logits
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: "str | Path") -> None:
         """Write config.json and model.safetensors, which both twins read; see checkpoint.py."""
+        from npformer import checkpoint  # here, because loading it is slower than all the rest
+
         checkpoint.save(folder, self.config, self.state_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: DTypeLike = np.float32) -> "Transformer":
+    def load(cls, folder: "str | Path", dtype: DTypeLike = np.float32) -> "Transformer":
         """The model in that folder.  Raises CheckpointError, naming the file and the reason."""
+        from npformer import checkpoint
+
         config, state = checkpoint.load(folder)
         model = cls(config, np.random.default_rng(0), dtype)
         with checkpoint.blame(folder):

@@ -14,8 +14,8 @@ def to_torch(
     dtype: torch.dtype | None = None,
 ) -> "torchformer.Transformer":
     """The same model in PyTorch.  dtype None keeps the model's own; float64 -> float32 rounds."""
-    dtype = getattr(torch, model.dtype.name) if dtype is None else dtype
-    twin = torchformer.Transformer(model.config, np.random.default_rng(0), dtype, device)
+    kind: torch.dtype = dtype or getattr(torch, model.dtype.name)
+    twin = torchformer.Transformer(model.config, np.random.default_rng(0), kind, device)
     twin.load_state_dict({name: torch.from_numpy(x) for name, x in model.state_dict().items()})
     return twin
 

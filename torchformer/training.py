@@ -1,4 +1,4 @@
-"""Training: the twin of npformer.training.Trainer, with the same methods, called by the same loop."""
+"""Training: the twin of npformer.training.Trainer, with the same methods, for the same loop."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

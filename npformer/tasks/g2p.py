@@ -26,7 +26,7 @@ import numpy as np
 from npformer.tasks.task import Batch, Example, Task, Vocabulary, fold, make_batch
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
-PHONES = (
+PHONES = (  # noqa: SIM905
     "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V "
     "W Y Z ZH"
 ).split()
