@@ -4,6 +4,8 @@ import ctypes
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+KEEP = 1 << 30  # bytes: more than any array of a training step
+KEEP_OLD = 1 << 25  # glibc before 2.35 refuses a larger M_MMAP_THRESHOLD
 
 
 def keep_freed_memory() -> bool:
@@ -11,10 +13,13 @@ def keep_freed_memory() -> bool:
 
     By default glibc takes every large array from the kernel and hands it back when it is freed,
     and each new one pays a page fault for every 4 KiB.  A training step makes and drops the same
-    arrays over and over.  The trainer and the benchmarks call this, importing npformer does not;
-    on other C libraries it does nothing.
+    arrays over and over.  The price is that the process never shrinks below its peak.
+
+    The trainer and the benchmarks call this; importing npformer does not.  On any other C library
+    (musl, macOS, Windows) it does nothing and returns False.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    libc = ctypes.CDLL(None)
-    return all(libc.mallopt(option, 1 << 30) for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD))
+    mallopt = ctypes.CDLL(None).mallopt  # 1 where the value was taken, 0 where not
+    taken = mallopt(M_MMAP_THRESHOLD, KEEP) or mallopt(M_MMAP_THRESHOLD, KEEP_OLD)
+    return bool(taken and mallopt(M_TRIM_THRESHOLD, KEEP))

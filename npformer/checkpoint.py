@@ -102,7 +102,8 @@ def save_tensors(
     from safetensors.numpy import save as to_bytes
 
     # safetensors writes the memory of an array as it lies: a transposed view would come back wrong.
-    arrays = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    # (np.ascontiguousarray would do, but it turns 0-D into 1-D.)
+    arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     write_atomically(path, to_bytes(arrays, metadata=dict(metadata)))
 
 

@@ -46,7 +46,9 @@ class Trainer:
     def batches(self, task: Task, first_step: int, seed: int) -> Iterator[Batch]:
         steps = range(first_step, 2**31)
         data = _Batches(task, self.recipe.batch_size, seed)
-        return iter(DataLoader(data, batch_size=None, sampler=steps))
+        # A generator of its own: else the loader takes a number from dropout's, and a resumed run
+        # would not see the masks of one that never stopped.
+        return iter(DataLoader(data, batch_size=None, sampler=steps, generator=torch.Generator()))
 
     def answer(self, sources: Sequence[list[int]], max_len: int) -> list[list[int]]:
         """Greedy answers to a batch of sources."""

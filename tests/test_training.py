@@ -1,0 +1,129 @@
+"""The loop: resuming changes nothing, the best checkpoint is kept, tasks are what they say."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import npformer
+import torchformer.training
+from npformer import checkpoint, presets, tasks, training
+from npformer.tasks import EOS, PAD, SOS
+
+TRAINERS = {"numpy": training.Trainer, "torch": torchformer.training.Trainer}
+
+
+def small(task):
+    chosen = presets.settings(task, "notes")
+    chosen["model"] |= {"d_model": 16, "n_encoder_layers": 1, "n_decoder_layers": 1, "d_ff": 32}
+    config, recipe = presets.build(task, chosen)
+    return config, replace(recipe, batch_size=8, steps=12, evaluate_every=4, dev_examples=8)
+
+
+class StopAt(training.Silent):
+    """Presses Ctrl-C at a step."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, entry):
+        if entry["step"] == self.at:
+            import signal
+
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("backend", TRAINERS)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, backend):
+    task = tasks.load("sort")
+    config, recipe = small(task)
+
+    def go(folder, **options):
+        trainer = TRAINERS[backend](config, recipe, 3)
+        outcome = training.run(
+            trainer, task, folder, recipe=recipe, seed=3, test_examples=8, **options
+        )
+        return outcome
+
+    assert go(tmp_path / "whole").ended == "done"
+    assert go(tmp_path / "parts", report=StopAt(7)).ended == "interrupted"
+    assert go(tmp_path / "parts", resume=True).ended == "done"
+    whole, parts = (load_file(tmp_path / name / training.RESUME) for name in ("whole", "parts"))
+    assert set(whole) == set(parts)
+    for name, x in whole.items():
+        np.testing.assert_array_equal(x, parts[name], err_msg=name)
+
+
+def test_both_twins_train_alike(tmp_path):
+    """Without dropout the same seed gives the same weights, batches and, nearly, losses."""
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    config = replace(config, **presets.NO_DROPOUT, activation="gelu")
+    losses = {}
+    for backend, Trainer in TRAINERS.items():
+        trainer = Trainer(config, recipe, 3)
+        losses[backend] = [
+            trainer.step(task.batch(step, 8, seed=3), rate=1e-3) for step in range(1, 11)
+        ]
+    eps = float(np.finfo(np.float32).eps)
+    for ours, theirs in zip(*losses.values(), strict=True):
+        # ten steps of some hundred roundings each
+        assert abs(ours - theirs) <= 1000 * eps * abs(theirs)
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    trainer = training.Trainer(config, recipe, 0)
+    outcome = training.run(trainer, task, tmp_path, recipe=recipe, test_examples=8)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "run.json", "history.json"} <= names
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [entry["step"] for entry in history["evaluations"]] == [4, 8, 12]
+    assert history["test"] == outcome.scores
+    assert npformer.Transformer.load(tmp_path).config == config
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    training.run(training.Trainer(config, recipe), task, tmp_path, recipe=recipe, test_examples=4)
+    other = training.Trainer(replace(config, d_ff=48), recipe)
+    with pytest.raises(checkpoint.CheckpointError, match="another model configuration"):
+        training.run(other, task, tmp_path, recipe=recipe, resume=True)
+    again = training.Trainer(config, recipe)
+    with pytest.raises(checkpoint.CheckpointError, match="seed"):
+        training.run(again, task, tmp_path, recipe=recipe, seed=9, resume=True)
+
+
+@pytest.mark.parametrize("name", [n for n in tasks.NAMES if n != "g2p"])
+def test_digit_tasks(name):
+    task = tasks.load(name)
+    batch = task.batch(1, 16, seed=0)
+    again = task.batch(1, 16, seed=0)
+    np.testing.assert_array_equal(batch.src, again.src)
+    held_out = {tuple(e.src) for e in task.dev() + task.test()}
+    for src, tgt in zip(batch.src.tolist(), batch.tgt.tolist(), strict=True):
+        src = [i for i in src if i != PAD]
+        answer = src[::-1] if name == "reverse" else sorted(src)
+        assert [i for i in tgt if i != PAD] == [SOS, *answer, EOS]
+        assert tuple(src) not in held_out
+    np.testing.assert_array_equal(batch.tgt_in[:, 1:], batch.tgt_out[:, :-1])
+    assert task.format(task.parse("312")) == "312"
+
+
+def test_g2p_split_and_scores():
+    task = tasks.load("g2p")
+    sizes = [len(task.examples(side)) for side in ("train", "dev", "test")]
+    assert sizes == [109_896, 2_513, 12_517]
+    examples = task.test()[:50]
+    right = [e.references[-1] for e in examples]
+    assert task.score(examples, right) == {"phoneme_error_rate": 0, "word_error_rate": 0}
+    wrong = [r[:-1] for r in right]
+    scores = task.score(examples, wrong)
+    assert scores["word_error_rate"] > 0.9
+    assert 0 < scores["phoneme_error_rate"] <= 50 / (sum(map(len, right)) - 50)
+    every = np.concatenate([task.batch(s, 4096, 0).src[:, 0] for s in range(1, 30)])
+    assert len(every) == len(task._pairs())  # an epoch is every pair once
