@@ -144,8 +144,8 @@ def run_demo(options: argparse.Namespace) -> int:
         return 130
     scores = outcome.scores
     say(
-        f"   {outcome.progress.step} steps in {outcome.progress.seconds:.0f} s.  Held-out sequences "
-        f"sorted exactly: {scores['exact_match']:.1%} of lengths 3-8, "
+        f"   {outcome.progress.step} steps in {outcome.progress.seconds:.0f} s.  Held-out "
+        f"sequences sorted exactly: {scores['exact_match']:.1%} of lengths 3-8, "
         f"{scores['exact_match_long']:.1%} of lengths 6-8."
     )
     model = Transformer.load(options.out)

@@ -26,7 +26,6 @@ from npformer.module import Module, no_grad
 from npformer.ops import Array, Forward, Mask, Rng
 from npformer.positional import LearnedPositions, SinusoidalPositions
 
-
 if TYPE_CHECKING:
     from pathlib import Path
 
