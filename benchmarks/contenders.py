@@ -32,13 +32,15 @@ Array = np.ndarray
 class Problem:
     """What all contenders are given: ids, starting weights by npformer's names, and the recipe."""
 
-    def __init__(self, size: Size, dropout: float, clip: bool):
+    def __init__(self, size: Size, dropout: float, clip: bool, share_weights: bool = True):
         self.size, self.dropout, self.clip = size, dropout, clip
         self.config = size.model_config(dropout)
         rng = np.random.default_rng(0)
         ids = rng.integers(1, size.vocab_size, (2, size.batch, size.length + 1))  # 0 is padding
         self.src, self.tgt_in, self.tgt_out = ids[0, :, :-1], ids[1, :, :-1], ids[1, :, 1:]
-        self.weights = Transformer(self.config, rng).state_dict()
+        self.weights: dict[str, Array] = {}
+        if share_weights:
+            self.weights = Transformer(self.config, rng).state_dict()
         for name, w in self.weights.items():
             if "embedding" not in name:  # biases 0 and norms 1 would hide a wrong one
                 w += 0.02 * rng.standard_normal(w.shape, np.float32)
@@ -79,7 +81,8 @@ class NumpyStep(Step):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         self.model = Transformer(problem.config, np.random.default_rng(0))
-        self.model.load_state_dict(problem.weights)
+        if problem.weights:
+            self.model.load_state_dict(problem.weights)
         self.optimizer = Adam(self.model.parameters(), RATE)
         self.rng = np.random.default_rng(1)
 
@@ -119,6 +122,7 @@ class TorchStep(Step):
         import torch
 
         super().__init__(problem)
+        self.model: Any
         torch.manual_seed(1)
         if kind == "reference":
             from benchmarks.torch_reference import TorchTransformer, to_reference
@@ -130,7 +134,8 @@ class TorchStep(Step):
 
             self.model = torchformer.Transformer(problem.config)
             weights = problem.weights
-        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+        if weights:
+            self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
         self.model.to(device)
         self.kind, self.device = kind, device
         self.forward: Callable[..., Any] = torch.compile(self.model) if compiled else self.model
@@ -160,9 +165,12 @@ class TorchStep(Step):
             torch.cuda.synchronize()
 
     def gradients(self) -> tuple[float, dict[str, Array]]:
-        self.model.eval()  # no dropout; autograd records all the same
-        loss = self.forward_backward(self.model).item()
-        self.model.train()
+        if self.problem.dropout:
+            self.model.eval()  # no dropout; autograd records all the same
+            loss = self.forward_backward(self.model).item()
+            self.model.train()
+        else:
+            loss = self.forward_backward(self.forward).item()
         grads = {n: p.grad.cpu().numpy() for n, p in self.model.named_parameters()}
         if self.kind == "reference":
             from benchmarks.torch_reference import from_reference

@@ -329,7 +329,7 @@ class Parser(argparse.ArgumentParser):
         self,
         argv: Sequence[str] | None,
         measure_all: Callable[[argparse.Namespace], list[Run]],
-        draw: Callable[[Run], str],
+        draw: Callable[[list[Run]], str],
     ) -> None:
         """Parse, measure, save, print; what the user can put right is one line, exit code 2."""
         options = self.parse_args(argv)
@@ -350,7 +350,7 @@ class Parser(argparse.ArgumentParser):
         if options.json:
             print(result.to_json(), end="")
         else:
-            print("\n\n".join(map(draw, runs)), f"\nsaved {path}", sep="\n")
+            print(draw(runs), f"\nsaved {path}", sep="\n")
 
 
 def keep_freed_memory() -> bool:

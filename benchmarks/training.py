@@ -128,7 +128,11 @@ def check_same(steps: dict[str, Step]) -> None:
                 raise BenchmarkError(f"{name} and {reference} differ in the gradient of {key}")
 
 
-def draw(run: Run) -> str:
+def draw(runs: list[Run]) -> str:
+    return "\n\n".join(map(draw_run, runs))
+
+
+def draw_run(run: Run) -> str:
     """One run as a table: medians, spread, and what they are of torch's and of the floor's."""
     if run.about["kind"] == "breakdown":
         return breakdown.draw(run)
