@@ -26,6 +26,9 @@ GET_TORCH = "pip install 'npformer[torch]'"
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all well;  1: the twins disagree;  2: bad input, said in one line."""
     options = parser().parse_args(arguments)
+    if options.command is None:
+        parser().print_help()
+        return 0
     try:
         return options.run(options)
     except BrokenPipeError:  # the reader (head, less) has gone
@@ -52,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Start with: npformer demo",
     )
     top.add_argument("--version", action="version", version=f"npformer {npformer.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
         "demo",

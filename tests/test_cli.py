@@ -151,6 +151,7 @@ def test_bad_lines_of_standard_input_do_not_stop_the_good_ones(trained):
 
 def test_help_names_every_command(tmp_path):
     out, _ = run("--help", cwd=tmp_path)
+    assert out == run(cwd=tmp_path)[0]
     for command in ("demo", "train", "check", "predict"):
         assert command in out
         assert "--json" in run(command, "--help", cwd=tmp_path)[0]
