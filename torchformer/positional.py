@@ -54,6 +54,8 @@ class LearnedPositions(nn.Module):
 
 
 def _check_length(x: Tensor, offset: int, max_len: int) -> None:
+    if offset < 0:
+        raise ValueError(f"offset must be at least 0, got {offset}")
     if offset + x.shape[1] > max_len:
         raise ValueError(
             f"the sequence has {offset + x.shape[1]} positions, the model has {max_len} (max_len)"
