@@ -4,7 +4,8 @@ Contenders take turns.  A round gives each of them one slot, long enough to hold
 quick one; the next round goes through them in the opposite order.  What the machine does meanwhile
 then happens to all of them, and a ratio is the median over the rounds of the two times in one
 round.  So a ratio exists only inside one run: `ratio` refuses measurements of different runs, and
-`measure` refuses contenders that do not have the same number of threads.
+`measure` refuses contenders that do not have the same number of threads, whether by
+their own account or by the processor time that they use.
 """
 
 import argparse
@@ -53,6 +54,7 @@ class Measurement:
     threads: int
     samples: list[float]  # one a round, in `unit`
     unit: str = "s"
+    cores: float | None = None  # seconds of processor time for a second of the clock
 
     @property
     def median(self) -> float:
@@ -76,7 +78,10 @@ class Run:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __getitem__(self, name: str) -> Measurement:
-        return next(m for m in self.measurements if m.name == name)
+        for m in self.measurements:
+            if m.name == name:
+                return m
+        raise BenchmarkError(f"the run has no measurement of {name}")
 
     def __contains__(self, name: str) -> bool:
         return any(m.name == name for m in self.measurements)
@@ -117,15 +122,23 @@ def measure(
         c.call()  # memory, lazy initialisation, compilation
         calls[c.name] = max(1, round(slot / seconds_per_call(c.call, 2)))
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}
+    cores: dict[str, list[float]] = {c.name: [] for c in contenders}
     for i in range(rounds):
         for c in contenders if i % 2 == 0 else contenders[::-1]:
+            start, start_cpu = time.perf_counter(), time.process_time()
             samples[c.name].append(seconds_per_call(c.call, calls[c.name]))
+            elapsed, used = time.perf_counter() - start, time.process_time() - start_cpu
+            cores[c.name].append(used / elapsed)
         latest = ", ".join(f"{name} {1e3 * s[-1]:.3g} ms" for name, s in samples.items())
         progress(f"{label}: round {i + 1} of {rounds}: {latest}")
-    threads = {c.name: c.threads() for c in contenders}  # again: a contender may have changed it
-    check_equal_threads(threads)
     run = Run(about or {}, [])
-    run.measurements = [Measurement(c, run.id, threads[c], s) for c, s in samples.items()]
+    for c in contenders:
+        used, threads = statistics.median(cores[c.name]), c.threads()
+        if used > 1.25 * threads:
+            raise BenchmarkError(f"{c.name} computed with {used:.1f} cores, not with {threads}")
+        m = Measurement(c.name, run.id, threads, samples[c.name], cores=round(used, 2))
+        run.measurements.append(m)
+    check_equal_threads({m.name: m.threads for m in run.measurements})  # it may have changed
     return run
 
 
@@ -220,10 +233,13 @@ class Result:
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise BenchmarkError(f"{path}: the schema is {schema!r}, this program reads {SCHEMA!r}")
-        for run in content["runs"]:
-            run["measurements"] = [Measurement(**m) for m in run["measurements"]]
-        content["runs"] = [Run(**run) for run in content["runs"]]
-        return cls(**content)
+        try:
+            for run in content["runs"]:
+                run["measurements"] = [Measurement(**m) for m in run["measurements"]]
+            content["runs"] = [Run(**run) for run in content["runs"]]
+            return cls(**content)
+        except (KeyError, TypeError) as error:
+            raise BenchmarkError(f"{path}: not a whole result file ({error})") from None
 
 
 def environment(keeps_freed_memory: bool) -> dict[str, Any]:
@@ -236,6 +252,7 @@ def environment(keeps_freed_memory: bool) -> dict[str, Any]:
     about = {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "avx512": _has_avx512(),  # a BLAS that does not know the model may not use it
         "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
@@ -257,6 +274,13 @@ def _cpu_model() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _has_avx512() -> bool:
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _git_commit() -> str | None:

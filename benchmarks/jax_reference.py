@@ -5,26 +5,31 @@ import math
 import os
 from typing import Any
 
+import jax  # pyright: ignore[reportMissingImports]
+import jax.numpy as jnp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from benchmarks.contenders import MAX_NORM, RATE, Array, Problem, Step
-from benchmarks.harness import BenchmarkError
+from benchmarks.harness import BenchmarkError, numpy_threads
 from npformer.positional import sinusoidal_table
-
-# XLA reads this when jax is imported: without it, it computes with every core that there is.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-
-import jax
-import jax.numpy as jnp
 
 Weights = dict[str, Any]
 
 
+@functools.cache
 def jax_threads() -> int:
-    """What the flag above asks for; jax cannot be asked."""
-    if "--xla_cpu_multi_thread_eigen=false" not in os.environ["XLA_FLAGS"]:
-        raise BenchmarkError("JAX: its number of threads is not known")
-    return 1
+    """XLA has no setting for it: it makes a thread for each core it may use when it starts.
+
+    So it is started while the process may use as many cores as NumPy's BLAS has threads.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise BenchmarkError("JAX can be held to a number of threads on Linux only")
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed)[: numpy_threads()]
+    os.sched_setaffinity(0, cores)
+    jax.devices()
+    os.sched_setaffinity(0, allowed)
+    return len(cores)
 
 
 class Keys:
@@ -104,6 +109,7 @@ def adam(weights: Weights, grads: Weights, m: Weights, v: Weights, t: Any, clip:
 class JaxStep(Step):
     def __init__(self, problem: Problem):
         super().__init__(problem)
+        jax_threads()  # starts XLA
         self.weights = {name: jnp.asarray(w) for name, w in problem.weights.items()}
         self.m = {name: jnp.zeros_like(w) for name, w in self.weights.items()}
         self.v = {name: jnp.zeros_like(w) for name, w in self.weights.items()}

@@ -94,10 +94,10 @@ def measure_step(
 ) -> Run:
     label = f"{size.name}, dropout {dropout:g}"
     problem = Problem(size, dropout, options.clip)
-    made = [make(backend, problem) for backend in backends]
-    if "cuda" in devices:
-        made += [make(b, problem, "cuda") for b in backends if b in ("torchformer", "torch")]
     with pinned(options.threads):
+        made = [make(backend, problem) for backend in backends]
+        if "cuda" in devices:
+            made += [make(b, problem, "cuda") for b in backends if b in ("torchformer", "torch")]
         check_same({c.name: step for c, step in made if step})
         contenders = [c for c, _ in made]
         about = describe("step", problem)
