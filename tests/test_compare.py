@@ -196,16 +196,22 @@ def test_layer_norm_bound_grows_where_a_row_is_all_offset():
 
 
 def test_peer_rule():
-    oracle = x
+    oracle, nudged = x, x + 1e-7
     peer = (x * (1 + 1e-6)).astype(np.float32)
     error = np.abs(peer.astype(np.float64) - oracle).max()
-    bound = compare.peer_bound(peer, oracle, 10)
-    assert bound == pytest.approx(2 * error + 10 * 2.0**-23 * np.abs(x).max())
+    bound = compare.peer_bound(peer, oracle, nudged, 10)
+    assert bound == pytest.approx(2 * error + 2e-7 + 10 * 2.0**-23 * np.abs(x).max())
     assert compare.max_norm_error(peer, oracle, 0.5) == 2 * error
 
 
 def test_peer_rule_measures_a_zero_gradient_on_the_scale_of_the_largest():
     oracles = {"q_proj.weight": x, "k_proj.bias": np.zeros(4)}
     peers = {name: value.astype(np.float32) for name, value in oracles.items()}
-    bounds = compare.peer_bounds(peers, oracles, 10)
+    bounds = compare.peer_bounds(peers, oracles, oracles, 10)
     assert bounds["k_proj.bias"] == pytest.approx(10 * 2.0**-23 * np.abs(x).max())
+
+
+def test_nudge_is_a_rounding_of_each_entry():
+    nudged = compare.nudge(x, np.random.default_rng(0))
+    np.testing.assert_allclose(abs(nudged / x - 1), 2.0**-24, rtol=1e-6)
+    assert {*np.sign(nudged / x - 1).ravel()} == {-1, 1}
