@@ -13,6 +13,7 @@ Reading order
     transformer.py    the whole
     optim.py          how the gradients are used
     decoding.py       how an answer comes out
+    cache.py          what need not be computed again for the next token
 
 Letters
     B batch    T query / target positions    S key / source positions    C model width

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npformer import ops
+from npformer.cache import KeyValues
 from npformer.layers import Linear
 from npformer.module import Module
 from npformer.ops import Array, Forward, Mask, Rng
@@ -67,6 +68,20 @@ class MultiHeadAttention(Module):
             return backward_q(dq), backward_k(dk), backward_v(dv)
 
         return y, backward
+
+    # Inference with a cache (see cache.py): the same products, in two halves and without backward.
+
+    def keys_values(self, x: Array) -> tuple[Array, Array]:
+        """What x offers to whoever asks.   x (B, S, C)   ->   keys, values (B, H, S, D)"""
+        (k, _), (v, _) = self.k_proj(x), self.v_proj(x)
+        return split_heads(k, self.n_heads), split_heads(v, self.n_heads)
+
+    def ask(self, query: Array, offered: KeyValues, mask: Mask = None) -> Array:
+        """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
+        q, _ = self.q_proj(query)
+        yh, _ = ops.attention(split_heads(q, self.n_heads), offered.keys, offered.values, mask)
+        y, _ = self.out_proj(merge_heads(yh))
+        return y
 
 
 def _check_rank(**inputs: Array) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npformer.attention import MultiHeadAttention
+from npformer.cache import KeyValues, LayerCache, around
 from npformer.feedforward import FeedForward
 from npformer.layers import LayerNorm
 from npformer.module import Module
@@ -123,6 +124,34 @@ class DecoderLayer(Module):
 
         return y, backward
 
+    def start(self, memory: Array) -> LayerCache:
+        """No position yet, but the memory's keys and values, once and for all."""
+        return LayerCache(None, KeyValues.of(*self.cross_attn.keys_values(memory)))
+
+    def step(
+        self, x: Array, cache: LayerCache, mask: Mask = None, memory_mask: Mask = None
+    ) -> tuple[Array, LayerCache]:
+        """The T positions that come after those in the cache, without dropout or backward.
+
+        x (B, T, C)   mask -> (B, H, T, S + T)   ->   y (B, T, C), and the cache of all S + T
+        """
+
+        def look_back(x):
+            nonlocal cache
+            cache = cache.append(*self.self_attn.keys_values(x))
+            return self.self_attn.ask(x, cache.own, mask)
+
+        def ask_memory(x):
+            return self.cross_attn.ask(x, cache.memory, memory_mask)
+
+        def feed(x):
+            return self.feed_forward(x)[0]
+
+        g = around(look_back, x, self.norm1, self.norm_first)
+        h = around(ask_memory, g, self.norm2, self.norm_first)
+        y = around(feed, h, self.norm3, self.norm_first)
+        return y, cache
+
 
 class Decoder(Module):
     """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
@@ -159,3 +188,20 @@ class Decoder(Module):
             return dx, dmemory
 
         return y, backward
+
+    def start(self, memory: Array) -> list[LayerCache]:
+        return [layer.start(memory) for layer in self.layers]
+
+    def step(
+        self,
+        x: Array,
+        caches: list[LayerCache],
+        mask: Mask = None,
+        memory_mask: Mask = None,
+    ) -> tuple[Array, list[LayerCache]]:
+        """The T positions that come after those in the caches, one of which each layer has."""
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.step(x, cache, mask, memory_mask)
+            after.append(cache)
+        return (self.norm(x)[0] if self.norm else x), after

@@ -2,13 +2,11 @@
 
 In training all positions are predicted at once, each from the true tokens before it.  Here there
 is no truth to look at: each token is chosen from the logits of the last position and then becomes
-part of the input.
+part of the input.  What was computed for the earlier ones is kept, see cache.py.
 """
 
 import numpy as np
 
-from npformer.masks import padding_mask
-from npformer.module import no_grad
 from npformer.ops import Array
 from npformer.transformer import Transformer
 
@@ -26,22 +24,19 @@ def greedy(
     if model.encoder is None:
         raise ValueError("greedy: the model is decoder-only, there is no source to decode from")
     answers: list[list[int]] = [[] for _ in src]
-    with no_grad():
-        memory, _ = model.encode(src)  # (B, S, C)
-        memory_mask = padding_mask(src, model.config.src_pad_id)  # (B, 1, 1, S)
-        running = np.arange(len(src))  # the samples that have not stopped
-        tgt = np.full((len(src), 1), sos_id)  # (B, 1)
-        while running.size and tgt.shape[1] <= max_len:
-            logits, _ = model.decode(tgt, memory, memory_mask)  # (B, T, V)
-            last = logits[:, -1].copy()  # (B, V)
-            last[:, [model.config.tgt_pad_id, sos_id]] = -np.inf
-            chosen = last.argmax(axis=-1)  # (B,)
-            going_on = chosen != eos_id
-            running, chosen = running[going_on], chosen[going_on]
-            memory, memory_mask = memory[going_on], memory_mask[going_on]
-            tgt = np.concatenate([tgt[going_on], chosen[:, np.newaxis]], axis=1)  # (B, T + 1)
-            for sample, token in zip(running.tolist(), chosen.tolist(), strict=True):
-                answers[sample].append(token)
+    cache = model.start(src)
+    running = np.arange(len(src))  # the samples that have not stopped
+    token = np.full(len(src), sos_id)  # (B,)
+    while running.size and cache.length < max_len:
+        logits, cache = model.step(token[:, np.newaxis], cache)  # (B, 1, V)
+        last = logits[:, -1].copy()  # (B, V)
+        last[:, [model.config.tgt_pad_id, sos_id]] = -np.inf
+        token = last.argmax(axis=-1)  # (B,)
+        going_on = token != eos_id
+        if not going_on.all():
+            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            answers[sample].append(chosen)
     return answers
 
 

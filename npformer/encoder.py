@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npformer.attention import MultiHeadAttention
+from npformer.cache import LayerCache, around
 from npformer.feedforward import FeedForward
 from npformer.layers import LayerNorm
 from npformer.module import Module
@@ -90,6 +91,24 @@ class EncoderLayer(Module):
 
         return y, backward
 
+    def step(self, x: Array, cache: LayerCache, mask: Mask = None) -> tuple[Array, LayerCache]:
+        """The T positions that come after those in the cache, without dropout or backward.
+
+        x (B, T, C)   mask -> (B, H, T, S + T)   ->   y (B, T, C), and the cache of all S + T
+        """
+
+        def look_back(x):
+            nonlocal cache
+            cache = cache.append(*self.self_attn.keys_values(x))
+            return self.self_attn.ask(x, cache.own, mask)
+
+        def feed(x):
+            return self.feed_forward(x)[0]
+
+        h = around(look_back, x, self.norm1, self.norm_first)
+        y = around(feed, h, self.norm2, self.norm_first)
+        return y, cache
+
 
 class Encoder(Module):
     """A stack of EncoderLayers and, where there is one, a final LayerNorm.
@@ -115,3 +134,13 @@ class Encoder(Module):
             return dx
 
         return y, backward
+
+    def step(
+        self, x: Array, caches: list[LayerCache], mask: Mask = None
+    ) -> tuple[Array, list[LayerCache]]:
+        """The T positions that come after those in the caches, one of which each layer has."""
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.step(x, cache, mask)
+            after.append(cache)
+        return (self.norm(x)[0] if self.norm else x), after

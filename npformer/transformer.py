@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npformer import ops
+from npformer.cache import Cache, LayerCache
 from npformer.config import TransformerConfig
 from npformer.decoder import Decoder, DecoderLayer
 from npformer.encoder import Encoder, EncoderLayer
@@ -106,7 +107,10 @@ class Transformer(Module):
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
-        self._check_ids(src, tgt)
+        self._check_source(src)
+        self._check_ids("tgt", "(B, T)", tgt)
+        if src is not None and len(src) != len(tgt):
+            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
         memory, backward_encode = self.encode(src, src_mask, rng)  # (B, S, C)
@@ -155,17 +159,55 @@ class Transformer(Module):
 
         return logits, backward
 
+    def start(self, src: Array | None, src_mask: Mask = None) -> Cache:
+        """The cache of an answer that has not begun: `src` encoded, and nothing of the target."""
+        self._check_source(src)
+        with no_grad():
+            if src is None:
+                return Cache([LayerCache(None, None) for _ in self.decoder.layers])
+            memory, _ = self.encode(src, src_mask)  # (B, S, C)
+            memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+            return Cache(self.decoder.start(memory), None, memory_mask)
+
+    def step(self, tgt: Array, cache: Cache, tgt_mask: Mask = None) -> tuple[Array, Cache]:
+        """The logits of the next T tokens alone, from the cache of those before them.
+
+        tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
+
+        However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        """
+        self._check_ids("tgt", "(B, T)", tgt)
+        if cache.n_samples not in (None, len(tgt)):
+            raise ValueError(
+                f"Transformer: tgt has {len(tgt)} samples, the cache has {cache.n_samples}"
+            )
+        offset = cache.length
+        known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
+        if cache.tgt_mask is not None:
+            known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
+        mask = _and(known & causal_mask(tgt.shape[1], offset=offset), tgt_mask)
+        with no_grad():
+            x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
+            if cache.memory_mask is None:
+                y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
+            else:
+                y, layers = self.decoder.step(x, cache.layers, mask, cache.memory_mask)
+            to_logits = self.head or self.tgt_embedding.as_head
+            logits, _ = to_logits(y)  # (B, T, V)
+        return logits, Cache(layers, known, cache.memory_mask)
+
     def embed(
         self,
         ids: Array,
         embedding: Embedding,
         positions: SinusoidalPositions | LearnedPositions,
         rng: Rng | None = None,
+        offset: int = 0,
     ) -> Forward:
         """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e, backward_embedding = embedding(ids)  # (B, T, C)
-        x, backward_positions = positions(e * scale)
+        x, backward_positions = positions(e * scale, offset)
         kept, backward_dropout = ops.dropout(x, self.config.embedding_dropout, rng)
 
         def backward(dx):
@@ -198,29 +240,28 @@ class Transformer(Module):
             model.load_state_dict(state)
         return model
 
-    def _check_ids(self, src: Array | None, tgt: Array) -> None:
-        c = self.config
+    def _check_source(self, src: Array | None) -> None:
         if (src is None) != (self.encoder is None):
             raise ValueError(
                 "Transformer: src must be None, the model is decoder-only"
                 if self.encoder is None
                 else "Transformer: src is None, but the model has an encoder"
             )
-        for name, ids in (("src", src), ("tgt", tgt)):
-            if ids is not None and (not isinstance(ids, np.ndarray) or ids.ndim != 2):
-                got = f"shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-                letters = "(B, S)" if name == "src" else "(B, T)"
-                raise ValueError(
-                    f"Transformer: {name} must be an array {letters} of integer ids, got {got}; "
-                    "a batch of one sequence is ids[None]"
-                )
-            if ids is not None and not 1 <= ids.shape[1] <= c.max_len:
-                raise ValueError(
-                    f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
-                    f"{c.max_len} (max_len)"
-                )
-        if src is not None and len(src) != len(tgt):
-            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
+        if src is not None:
+            self._check_ids("src", "(B, S)", src)
+
+    def _check_ids(self, name: str, letters: str, ids: Array) -> None:
+        if not isinstance(ids, np.ndarray) or ids.ndim != 2:
+            got = f"shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+            raise ValueError(
+                f"Transformer: {name} must be an array {letters} of integer ids, got {got}; "
+                "a batch of one sequence is ids[None]"
+            )
+        if not 1 <= ids.shape[1] <= self.config.max_len:
+            raise ValueError(
+                f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
+                f"{self.config.max_len} (max_len)"
+            )
 
 
 def _and(mask: Array, given: Mask) -> Array:

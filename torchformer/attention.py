@@ -6,6 +6,7 @@ Shapes  B batch, T query positions, S key positions, C model width, H heads, D =
 from torch import Tensor, nn
 
 from torchformer import ops
+from torchformer.cache import KeyValues
 from torchformer.ops import Mask
 
 
@@ -43,3 +44,16 @@ class MultiHeadAttention(nn.Module):
         p = self.dropout if self.training else 0.0
         yh = ops.attention(qh, kh, vh, mask, p, rng)  # (B, H, T, D)
         return self.out_proj(merge_heads(yh))  # (B, T, C)
+
+    # Inference with a cache (see cache.py): the same products, in two halves.
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What x offers to whoever asks.   x (B, S, C)   ->   keys, values (B, H, S, D)"""
+        k, v = self.k_proj(x), self.v_proj(x)
+        return split_heads(k, self.d_head), split_heads(v, self.d_head)
+
+    def ask(self, query: Tensor, offered: KeyValues, mask: Mask = None) -> Tensor:
+        """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
+        q = self.q_proj(query)
+        yh = ops.attention(split_heads(q, self.d_head), offered.keys, offered.values, mask)
+        return self.out_proj(merge_heads(yh))

@@ -4,9 +4,12 @@ An encoder layer with one sublayer more, in the middle: cross-attention, where t
 `memory`, the encoder's output, answers.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from torchformer.attention import MultiHeadAttention
+from torchformer.cache import KeyValues, LayerCache, around
 from torchformer.feedforward import FeedForward
 from torchformer.ops import Mask, dropout
 
@@ -80,6 +83,31 @@ class DecoderLayer(nn.Module):
         kept_f = dropout(f, self.dropout, self.training, rng)
         return h + kept_f
 
+    def start(self, memory: Tensor) -> LayerCache:
+        """No position yet, but the memory's keys and values, once and for all."""
+        return LayerCache(None, KeyValues.of(*self.cross_attn.keys_values(memory)))
+
+    def step(
+        self, x: Tensor, cache: LayerCache, mask: Mask = None, memory_mask: Mask = None
+    ) -> tuple[Tensor, LayerCache]:
+        """The T positions that come after those in the cache, without dropout.
+
+        x (B, T, C)   mask -> (B, H, T, S + T)   ->   y (B, T, C), and the cache of all S + T
+        """
+
+        def look_back(x):
+            nonlocal cache
+            cache = cache.append(*self.self_attn.keys_values(x))
+            return self.self_attn.ask(x, cache.own, mask)
+
+        def ask_memory(x):
+            return self.cross_attn.ask(x, cache.memory, memory_mask)
+
+        g = around(look_back, x, self.norm1, self.norm_first)
+        h = around(ask_memory, g, self.norm2, self.norm_first)
+        y = around(self.feed_forward, h, self.norm3, self.norm_first)
+        return y, cache
+
 
 class Decoder(nn.Module):
     """A stack of DecoderLayers, all asking the same memory, and maybe a final LayerNorm.
@@ -90,7 +118,7 @@ class Decoder(nn.Module):
 
     def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
         self.norm = norm
 
     def forward(
@@ -104,3 +132,20 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, memory, mask, memory_mask, rng)
         return self.norm(x) if self.norm else x
+
+    def start(self, memory: Tensor) -> list[LayerCache]:
+        return [layer.start(memory) for layer in self.layers]
+
+    def step(
+        self,
+        x: Tensor,
+        caches: list[LayerCache],
+        mask: Mask = None,
+        memory_mask: Mask = None,
+    ) -> tuple[Tensor, list[LayerCache]]:
+        """The T positions that come after those in the caches, one of which each layer has."""
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.step(x, cache, mask, memory_mask)
+            after.append(cache)
+        return (self.norm(x) if self.norm else x), after

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from torchformer.masks import padding_mask
 from torchformer.transformer import Transformer
 
 
@@ -20,21 +19,19 @@ def greedy(
     if model.encoder is None:
         raise ValueError("greedy: the model is decoder-only, there is no source to decode from")
     answers: list[list[int]] = [[] for _ in src]
-    memory = model.encode(src)  # (B, S, C)
-    memory_mask = padding_mask(src, model.config.src_pad_id)  # (B, 1, 1, S)
+    cache = model.start(src)
     running = torch.arange(len(src), device=src.device)  # the samples that have not stopped
-    tgt = torch.full((len(src), 1), sos_id, device=src.device)  # (B, 1)
-    while len(running) and tgt.shape[1] <= max_len:
-        logits = model.decode(tgt, memory, memory_mask)  # (B, T, V)
+    token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
+    while len(running) and cache.length < max_len:
+        logits, cache = model.step(token[:, None], cache)  # (B, 1, V)
         last = logits[:, -1].clone()  # (B, V)
         last[:, [model.config.tgt_pad_id, sos_id]] = -torch.inf
-        chosen = last.argmax(dim=-1)  # (B,)
-        going_on = chosen != eos_id
-        running, chosen = running[going_on], chosen[going_on]
-        memory, memory_mask = memory[going_on], memory_mask[going_on]
-        tgt = torch.cat([tgt[going_on], chosen[:, None]], dim=1)  # (B, T + 1)
-        for sample, token in zip(running.tolist(), chosen.tolist(), strict=True):
-            answers[sample].append(token)
+        token = last.argmax(dim=-1)  # (B,)
+        going_on = token != eos_id
+        if not going_on.all():
+            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            answers[sample].append(chosen)
     return answers
 
 

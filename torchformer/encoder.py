@@ -4,9 +4,12 @@ post-norm   x ← norm(x + sublayer(x))       the residual stream itself is norm
 pre-norm    x ← x + sublayer(norm(x))       the residual stream is never touched, only added to
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from torchformer.attention import MultiHeadAttention
+from torchformer.cache import LayerCache, around
 from torchformer.feedforward import FeedForward
 from torchformer.ops import Mask, dropout
 
@@ -60,6 +63,21 @@ class EncoderLayer(nn.Module):
         kept_f = dropout(f, self.dropout, self.training, rng)
         return h + kept_f
 
+    def step(self, x: Tensor, cache: LayerCache, mask: Mask = None) -> tuple[Tensor, LayerCache]:
+        """The T positions that come after those in the cache, without dropout.
+
+        x (B, T, C)   mask -> (B, H, T, S + T)   ->   y (B, T, C), and the cache of all S + T
+        """
+
+        def look_back(x):
+            nonlocal cache
+            cache = cache.append(*self.self_attn.keys_values(x))
+            return self.self_attn.ask(x, cache.own, mask)
+
+        h = around(look_back, x, self.norm1, self.norm_first)
+        y = around(self.feed_forward, h, self.norm2, self.norm_first)
+        return y, cache
+
 
 class Encoder(nn.Module):
     """A stack of EncoderLayers and, where there is one, a final LayerNorm.
@@ -69,10 +87,20 @@ class Encoder(nn.Module):
 
     def __init__(self, layers: list[EncoderLayer], norm: nn.LayerNorm | None = None):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
         self.norm = norm
 
     def forward(self, x: Tensor, mask: Mask = None, rng=None) -> Tensor:
         for layer in self.layers:
             x = layer(x, mask, rng)
         return self.norm(x) if self.norm else x
+
+    def step(
+        self, x: Tensor, caches: list[LayerCache], mask: Mask = None
+    ) -> tuple[Tensor, list[LayerCache]]:
+        """The T positions that come after those in the caches, one of which each layer has."""
+        after = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.step(x, cache, mask)
+            after.append(cache)
+        return (self.norm(x) if self.norm else x), after

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from npformer import checkpoint
 from npformer.config import TransformerConfig
 from torchformer import ops
+from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
 from torchformer.masks import causal_mask, padding_mask
@@ -129,7 +130,10 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
-        self._check_ids(src, tgt)
+        self._check_source(src)
+        self._check_ids("tgt", "(B, T)", tgt)
+        if src is not None and len(src) != len(tgt):
+            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
         memory = self.encode(src, src_mask, rng)  # (B, S, C)
@@ -163,17 +167,58 @@ class Transformer(nn.Module):
         to_logits = self.head or self._tied_head
         return to_logits(y)  # (B, T, V)
 
+    @torch.no_grad()
+    def start(self, src: Tensor | None, src_mask: Mask = None) -> Cache:
+        """The cache of an answer that has not begun: `src` encoded, and nothing of the target.
+
+        Dropout is on in training, so call model.eval() first.
+        """
+        self._check_source(src)
+        if src is None:
+            return Cache([LayerCache(None, None) for _ in self.decoder.layers])
+        memory = self.encode(src, src_mask)  # (B, S, C)
+        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        return Cache(self.decoder.start(memory), None, memory_mask)
+
+    @torch.no_grad()
+    def step(self, tgt: Tensor, cache: Cache, tgt_mask: Mask = None) -> tuple[Tensor, Cache]:
+        """The logits of the next T tokens alone, from the cache of those before them.
+
+        tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
+
+        However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        """
+        self._check_ids("tgt", "(B, T)", tgt)
+        if cache.n_samples not in (None, len(tgt)):
+            raise ValueError(
+                f"Transformer: tgt has {len(tgt)} samples, the cache has {cache.n_samples}"
+            )
+        offset = cache.length
+        known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
+        if cache.tgt_mask is not None:
+            known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
+        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
+        mask = _and(known & causal, tgt_mask)
+        x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
+        if cache.memory_mask is None:
+            y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
+        else:
+            y, layers = self.decoder.step(x, cache.layers, mask, cache.memory_mask)
+        to_logits = self.head or self._tied_head
+        return to_logits(y), Cache(layers, known, cache.memory_mask)  # (B, T, V)
+
     def embed(
         self,
         ids: Tensor,
         embedding: nn.Embedding,
         positions: SinusoidalPositions | LearnedPositions,
         rng=None,
+        offset: int = 0,
     ) -> Tensor:
         """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e = embedding(ids)  # (B, T, C)
-        x = positions(e * scale)
+        x = positions(e * scale, offset)
         return ops.dropout(x, self.config.embedding_dropout, self.training, rng)
 
     def _tied_head(self, x: Tensor) -> Tensor:
@@ -218,28 +263,28 @@ class Transformer(nn.Module):
         model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
         return model
 
-    def _check_ids(self, src: Tensor | None, tgt: Tensor) -> None:
+    def _check_source(self, src: Tensor | None) -> None:
         if (src is None) != (self.encoder is None):
             raise ValueError(
                 "Transformer: src must be None, the model is decoder-only"
                 if self.encoder is None
                 else "Transformer: src is None, but the model has an encoder"
             )
-        for name, ids in (("src (B, S)", src), ("tgt (B, T)", tgt)):
-            if ids is None:
-                continue
-            if ids.ndim != 2:
-                raise ValueError(
-                    f"Transformer: {name} must be integer ids, got shape {tuple(ids.shape)}; "
-                    "a batch of one sequence is ids[None]"
-                )
-            if not 1 <= ids.shape[1] <= self.config.max_len:
-                raise ValueError(
-                    f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
-                    f"{self.config.max_len} (max_len)"
-                )
-        if src is not None and len(src) != len(tgt):
-            raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
+        if src is not None:
+            self._check_ids("src", "(B, S)", src)
+
+    def _check_ids(self, name: str, letters: str, ids: Tensor) -> None:
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            got = f"shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(
+                f"Transformer: {name} must be a tensor {letters} of integer ids, got {got}; "
+                "a batch of one sequence is ids[None]"
+            )
+        if not 1 <= ids.shape[1] <= self.config.max_len:
+            raise ValueError(
+                f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
+                f"{self.config.max_len} (max_len)"
+            )
 
 
 def as_numpy(x: Tensor) -> np.ndarray:
