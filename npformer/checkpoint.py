@@ -10,8 +10,8 @@ Imports NumPy, safetensors and the config; no model.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,23 @@ def blame(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, SafetensorError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{path}: lacks {error}") from None
+    except (ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 
 def save(folder: str | Path, config: TransformerConfig, tensors: Mapping[str, np.ndarray]) -> None:
     """Write config.json and model.safetensors into `folder`, which is made if need be."""
-    folder, text = Path(folder), config.to_json()
-    with blame(folder / CONFIG):
-        if (folder / CONFIG).exists() and (folder / CONFIG).read_text(encoding="utf-8") != text:
-            (folder / CONFIG).unlink()  # of another model; its weights carry a copy of their own
-    save_tensors(folder / MODEL, tensors, {"config": text})
-    write_atomically(folder / CONFIG, text.encode())
+    weights, text = Path(folder) / MODEL, config.to_json()
+    written = Path(folder) / CONFIG
+    data = _to_bytes(weights, tensors, {"config": text})
+    with staged(weights, data) as put_weights, staged(written, text.encode()) as put_config:
+        with blame(written):
+            if written.exists() and written.read_bytes() != text.encode():
+                written.unlink()  # of another model; its weights carry a copy of their own
+        put_weights()
+        put_config()
 
 
 def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
@@ -59,20 +64,25 @@ def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     Raises CheckpointError if a file is missing, truncated, foreign, or the two do not agree.
     """
     folder = Path(folder)
-    with blame(folder / MODEL):
-        if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such checkpoint folder")
-        tensors, metadata = load_tensors(folder / MODEL)
-    with blame(folder / CONFIG):
-        # The copy inside the weights is the one that cannot be out of step with them.
-        text = metadata.get("config") or (folder / CONFIG).read_text(encoding="utf-8")
-        config = TransformerConfig.from_json(text)
-        if (folder / CONFIG).exists():
-            written = TransformerConfig.from_json((folder / CONFIG).read_text(encoding="utf-8"))
-            if written != config:
+    weights, written = folder / MODEL, folder / CONFIG
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    tensors, metadata = load_tensors(weights)
+    for name, x in tensors.items():
+        if not np.issubdtype(x.dtype, np.floating):
+            raise CheckpointError(f"{weights}: {name} is {x.dtype}, weights are floating point")
+    config = None
+    if "config" in metadata:  # this copy cannot be out of step with the weights
+        with blame(weights):
+            config = TransformerConfig.from_json(metadata["config"])
+    if config is None or written.exists():
+        with blame(written):
+            found = TransformerConfig.from_json(written.read_text(encoding="utf-8"))
+            if config not in (None, found):
                 raise CheckpointError(
-                    f"{folder / CONFIG}: not the configuration that {MODEL} here was saved with"
+                    f"{written}: not the configuration that {MODEL} here was saved with"
                 )
+            config = found
     return config, tensors
 
 
@@ -99,20 +109,32 @@ def save_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file atomically; `metadata` is a flat dict of strings."""
+    write_atomically(path, _to_bytes(path, tensors, metadata))
+
+
+def _to_bytes(
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> bytes:
     from safetensors.numpy import save as to_bytes
 
     # safetensors writes the memory of an array as it lies: a transposed view would come back wrong.
     # (np.ascontiguousarray would do, but it turns 0-D into 1-D.)
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
-    write_atomically(path, to_bytes(arrays, metadata=dict(metadata)))
+    with blame(path):
+        return to_bytes(arrays, metadata=dict(metadata))
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and the metadata of a safetensors file."""
     from safetensors import safe_open
 
+    tensors = {}
     with blame(path), safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+            kind = file.get_slice(name).get_dtype()
+            if kind.startswith(("BF", "F4", "F6_", "F8")):
+                raise CheckpointError(f"{path}: {name} is {kind}, which NumPy does not have")
+            tensors[name] = file.get_tensor(name)
         return tensors, dict(file.metadata() or {})
 
 
@@ -124,22 +146,37 @@ def load_json(path: str | Path) -> Any:
     with blame(path):
         try:
             return json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write beside the place, flush to disk, rename into it: a reader sees the old or the new."""
+    with staged(path, data) as put:
+        put()
+
+
+@contextmanager
+def staged(path: str | Path, data: bytes) -> Iterator[Callable[[], None]]:
+    """The file is written, beside its place; calling what this yields renames it into it.
+
+    So that what is likely to fail, as on a full disk, has been done before anything is replaced.
+    """
     path = Path(path)
-    with blame(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def put() -> None:
+        with blame(path):
+            os.replace(temporary, path)
+
+    try:
+        with blame(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        yield put
+    finally:
+        with suppress(OSError):  # it is in its place, or it was never written
+            temporary.unlink()

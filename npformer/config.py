@@ -86,7 +86,7 @@ class TransformerConfig:
         """Raises ValueError for text that is not JSON, another format version or an unknown key."""
         try:
             values: Any = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not JSON ({error})") from None
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
