@@ -1,6 +1,7 @@
 """The shape of a Transformer: one frozen dataclass, shared by the twins.  Standard library only."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -71,7 +72,7 @@ class TransformerConfig:
             p = getattr(self, f"{kind}_dropout")
             if not 0 <= p <= 1:
                 raise ValueError(f"{kind}_dropout is a probability, got {p}")
-        if not self.eps > 0:
+        if not 0 < self.eps < math.inf:
             raise ValueError(f"eps must be positive, got {self.eps}")
 
     @property

@@ -100,8 +100,8 @@ def build(task: Task, chosen: Settings) -> tuple[TransformerConfig, Recipe]:
     needed = vocabularies["max_len"]
     if config.max_len < needed:
         raise ValueError(f"max_len={config.max_len} is too short for {task.name}: {needed}")
-    sizes = (config.src_vocab_size, config.tgt_vocab_size)
-    if sizes != (len(task.src_vocabulary), len(task.tgt_vocabulary)):
+    sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
+    if (config.src_vocab_size, config.tgt_vocab_size) != sizes:
         raise ValueError(f"the vocabulary sizes are the task's, {task.name} has {sizes}")
     if config.n_encoder_layers == 0:
         raise ValueError(f"{task.name} needs an encoder: n_encoder_layers must be at least 1")

@@ -61,13 +61,16 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
         for name in ("rate", "clip", "eps"):
-            if not (isinstance(getattr(self, name), int | float) and getattr(self, name) > 0):
+            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
         if self.schedule not in ("constant", "noam", "inverse_sqrt", "cosine"):
             raise ValueError(f"unknown schedule {self.schedule!r}")
-        if not 0 <= self.label_smoothing <= 1:
+        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
             raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
-        object.__setattr__(self, "betas", tuple(self.betas))
+        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
+        if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", betas)
 
     def schedule_for(self, config: TransformerConfig, total: int) -> schedules.Schedule:
         if self.schedule == "constant":
@@ -77,6 +80,10 @@ class Recipe:
         if self.schedule == "inverse_sqrt":
             return schedules.inverse_sqrt(self.rate, self.warmup)
         return schedules.cosine(self.rate, min(self.warmup, total), total)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Trainer:

@@ -290,11 +290,13 @@ def test_a_rename_that_fails_leaves_the_old_model_or_the_new_one(
 ):
     old, new = make(SMALL, seed=1), make(config, seed=2)
     old.save(tmp_path)
+    before = files(tmp_path)
     monkeypatch.setattr(os, "replace", FailsAt(os.replace, nth, OSError(errno.EIO, "I/O error")))
     with pytest.raises(CheckpointError, match=r": I/O error$"):
         new.save(tmp_path)
     monkeypatch.undo()
     assert set(files(tmp_path)) <= {CONFIG, MODEL}
+    assert files(tmp_path) == before or nth == 2 or config != SMALL
     whole = old if nth == 1 else new  # the weights are the first to be renamed
     for load in LOADERS.values():
         assert load(tmp_path).config == whole.config
