@@ -55,6 +55,8 @@ class Transformer(Module):
         kind: Any = dict(rng=rng, dtype=dtype)
         self.config = config
         self.dtype = np.dtype(dtype)
+        if self.dtype not in (np.float32, np.float64):
+            raise TypeError(f"Transformer: dtype must be float32 or float64, got {self.dtype}")
 
         def embedding(vocab_size: int, pad_id: int) -> Embedding:
             return Embedding(vocab_size, c.d_model, pad_id, **kind)

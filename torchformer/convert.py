@@ -14,6 +14,8 @@ def to_torch(
     dtype: torch.dtype | None = None,
 ) -> "torchformer.Transformer":
     """The same model in PyTorch.  dtype None keeps the model's own; float64 -> float32 rounds."""
+    if not isinstance(model, npformer.Transformer):
+        raise TypeError(f"to_torch: expected an npformer.Transformer, got {_kind(model)}")
     kind: torch.dtype = dtype or getattr(torch, model.dtype.name)
     twin = torchformer.Transformer(model.config, np.random.default_rng(0), kind, device)
     twin.load_state_dict({name: torch.from_numpy(x) for name, x in model.state_dict().items()})
@@ -21,9 +23,21 @@ def to_torch(
 
 
 def to_numpy(module: "torchformer.Transformer", dtype=None) -> npformer.Transformer:
-    """The same model in NumPy.  dtype None keeps the module's own; bfloat16 becomes float32."""
+    """The same model in NumPy.  dtype None keeps the module's own; half precisions, in which NumPy
+    does not calculate, become float32.
+    """
+    if not isinstance(module, torchformer.Transformer):
+        raise TypeError(
+            f"to_numpy: expected a torchformer.Transformer, got {_kind(module)}; one that is "
+            "wrapped (compiled, distributed) has to be unwrapped first"
+        )
     state = {name: as_numpy(x) for name, x in module.state_dict().items()}
-    dtype = dtype or next(iter(state.values())).dtype
+    if dtype is None:
+        dtype = np.promote_types(next(iter(state.values())).dtype, np.float32)
     twin = npformer.Transformer(module.config, np.random.default_rng(0), dtype)
     twin.load_state_dict(state)
     return twin
+
+
+def _kind(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
