@@ -88,7 +88,7 @@ class NumpyStep(Step):
 
     def forward_backward(self, rng: np.random.Generator | None) -> float:
         p = self.problem
-        self.model.zero_grad()
+        self.optimizer.zero_grad()
         logits, backward_model = self.model(p.src, p.tgt_in, rng=rng)
         loss, backward_loss = ops.cross_entropy(logits, p.tgt_out, ignore_index=0)
         backward_model(backward_loss(1.0))
@@ -96,7 +96,7 @@ class NumpyStep(Step):
 
     def update(self) -> None:
         if self.problem.clip:
-            clip_grad_norm(self.model.parameters(), MAX_NORM)
+            clip_grad_norm(self.optimizer.parameters, MAX_NORM)
         self.optimizer.step()
 
     def __call__(self) -> None:

@@ -2,7 +2,10 @@
 
     optimizer = Adam(model.parameters(), cosine(1e-3, warmup=100, total=5000))
     ...
-    model.zero_grad();  backward(...);  clip_grad_norm(model.parameters(), 1.0);  optimizer.step()
+    optimizer.zero_grad()
+    backward(...)
+    clip_grad_norm(optimizer.parameters, 1.0)
+    optimizer.step()
 
 An optimizer packs its parameters into one long buffer and makes every `data` and `grad` a view of
 it.  A step is then a handful of array operations on slices that fit the cache, whether the model
@@ -49,7 +52,7 @@ class Optimizer:
         self.state = {name: np.zeros_like(self.data) for name in self.buffers}
 
     def step(self) -> None:
-        if self.parameters and self.parameters[0].data.base is not self.data:
+        if any(p.data.base is not self.data for p in self.parameters):
             raise RuntimeError("another optimizer has packed these parameters since; use one")
         self.steps += 1
         rate = self.rate(self.steps)
@@ -57,6 +60,10 @@ class Optimizer:
             part = slice(i, i + CHUNK)
             state = {name: array[part] for name, array in self.state.items()}
             self.update(self.data[part], self.grad[part], rate, **state)
+
+    def zero_grad(self) -> None:
+        """As module.zero_grad(), but in one go over the packed gradients."""
+        self.grad[...] = 0
 
     def state_dict(self) -> dict[str, Array]:
         return {"steps": np.array(self.steps), **{k: x.copy() for k, x in self.state.items()}}
@@ -78,6 +85,11 @@ def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
     """
     if not parameters:
         raise ValueError("an optimizer needs at least one parameter")
+    for i, p in enumerate(parameters):
+        if any(p is other for other in parameters[:i]):
+            raise ValueError(f"a parameter of shape {p.data.shape} is given twice")
+    if len(dtypes := {p.data.dtype.name for p in parameters}) > 1:
+        raise TypeError(f"parameters of mixed dtypes ({', '.join(sorted(dtypes))})")
     n = sum(p.data.size for p in parameters)
     data, grad = parameters[0].data.base, parameters[0].grad.base
     if data is not None and grad is not None and data.shape == (n,):
@@ -194,7 +206,7 @@ def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
     """
     norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters))
     factor = max_norm / (norm + 1e-6)
-    if factor < 1:
+    if not factor >= 1:  # NaN as well, which goes to all of them
         for p in parameters:
             p.grad *= factor
     return norm

@@ -104,9 +104,9 @@ class Trainer:
         loss, backward_loss = cross_entropy(
             logits, batch.tgt_out, ignore_index=PAD, label_smoothing=recipe.label_smoothing
         )
-        model.zero_grad()
+        self.optimizer.zero_grad()
         backward_model(backward_loss(1.0))
-        clip_grad_norm(model.parameters(), recipe.clip)
+        clip_grad_norm(self.optimizer.parameters, recipe.clip)
         self.optimizer.rate = schedules.constant(rate)
         self.optimizer.step()
         return float(loss)
