@@ -85,9 +85,8 @@ def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
     """
     if not parameters:
         raise ValueError("an optimizer needs at least one parameter")
-    for i, p in enumerate(parameters):
-        if any(p is other for other in parameters[:i]):
-            raise ValueError(f"a parameter of shape {p.data.shape} is given twice")
+    if len({id(p) for p in parameters}) < len(parameters):
+        raise ValueError("an optimizer moves each parameter once, and one is given twice")
     if len(dtypes := {p.data.dtype.name for p in parameters}) > 1:
         raise TypeError(f"parameters of mixed dtypes ({', '.join(sorted(dtypes))})")
     n = sum(p.data.size for p in parameters)
