@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
     train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
     train.add_argument("--seed", type=int, help="of weights, data and dropout (default 0)")
+    train.add_argument(
+        "--threads",
+        type=_positive,
+        help="processor cores to use (numpy: default 1, by threads "
+        "that share each batch; torch: default all)",
+    )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
     train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     train.set_defaults(run=run_train)
@@ -184,7 +190,8 @@ def run_train(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     if options.resume:
         folder, about = Path(options.resume), training.load_run(options.resume)
-        for name in ("task", "backend", "seed"):
+        about.setdefault("threads", None)  # a run of an earlier version
+        for name in ("task", "backend", "seed", "threads"):
             if getattr(options, name) not in (None, about[name]):
                 raise ValueError(f"the run in {folder} has {name} {about[name]}")
         if options.preset or options.config or options.out:
@@ -192,18 +199,19 @@ def run_train(options: argparse.Namespace) -> int:
         task = tasks.load(about["task"])
         config = npformer.TransformerConfig.from_json(about["config"])
         recipe = training.Recipe(**about["recipe"])
-        backend, seed = about["backend"], about["seed"]
+        backend, seed, threads = about["backend"], about["seed"], about["threads"]
     else:
         if options.task is None:
             raise ValueError(f"which task? one of {', '.join(tasks.NAMES)}")
         task = tasks.load(options.task)
         chosen = presets.settings(task, options.preset or "default", options.config)
         config, recipe = presets.build(task, chosen)
-        backend, seed = options.backend or "numpy", options.seed or 0
+        backend, seed, threads = options.backend or "numpy", options.seed or 0, options.threads
         folder = Path(options.out) if options.out else _free_folder(task.name)
         if (folder / training.RUN).exists():
             raise ValueError(f"{folder} holds a run: --resume {folder}, or give another --out")
         about = {"preset": options.preset or "default", "config": config.to_json()}
+        about |= {"threads": threads}
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}")
     if options.steps:
@@ -211,7 +219,7 @@ def run_train(options: argparse.Namespace) -> int:
     elif options.minutes:
         recipe = replace(recipe, steps=10**9)
     keep_freed_memory()
-    trainer = _trainer(backend, config, recipe, seed, options.device)
+    trainer = _trainer(backend, config, recipe, seed, options.device, threads)
     say(
         f"Training {task.name} with {backend}: {config.n_encoder_layers}+{config.n_decoder_layers} "
         f"layers, d_model {config.d_model}, {_count(trainer.weights())} parameters -> {folder}"
@@ -355,11 +363,14 @@ def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], 
             yield str(raw), [], f"input {i}: {error}"
 
 
-def _trainer(backend: str, config, recipe, seed: int, device: str):
+def _trainer(backend: str, config, recipe, seed: int, device: str, threads: int | None):
     if backend == "numpy":
         if device == "cuda":
             raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
-        return training.Trainer(config, recipe, seed)
+        try:
+            return training.Trainer(config, recipe, seed, threads or 1)
+        except ImportError as error:
+            raise MissingError(f"--threads {threads}: {error}") from None
     _need_torch("--backend torch")
     import torch
 
@@ -369,6 +380,8 @@ def _trainer(backend: str, config, recipe, seed: int, device: str):
         raise MissingError("--device cuda: torch finds no CUDA device here")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads:
+        torch.set_num_threads(threads)
     return torchformer.training.Trainer(config, recipe, seed, device)
 
 

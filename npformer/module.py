@@ -6,10 +6,11 @@ adds them to `parameter.grad`.  Everything above the leaves is wiring, and nothi
 `self`: two forwards may precede the first backward, and every backward knows its own forward.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -63,6 +64,20 @@ class Module:
     def zero_grad(self) -> None:
         for parameter in self.parameters():
             parameter.grad[...] = 0
+
+    def view(self) -> Self:
+        """This module once more: the same weights, but gradients of its own, for another thread."""
+
+        def view(value: Any) -> Any:
+            if isinstance(value, Parameter):
+                return Parameter(value.data)
+            if isinstance(value, Module):
+                return value.view()
+            return [view(item) for item in value] if isinstance(value, list) else value
+
+        other = copy.copy(self)
+        vars(other).update({name: view(value) for name, value in vars(self).items()})
+        return other
 
     def state_dict(self) -> dict[str, Array]:
         """A copy of every parameter, by name."""

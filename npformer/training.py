@@ -31,8 +31,9 @@ from npformer import checkpoint, schedules
 from npformer.checkpoint import CheckpointError
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
-from npformer.ops import Array, cross_entropy
+from npformer.ops import Array, Rng, cross_entropy
 from npformer.optim import Adam, clip_grad_norm
+from npformer.parallel import BatchThreads
 from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
@@ -91,25 +92,35 @@ class Trainer:
 
     backend = "numpy"
 
-    def __init__(self, config: TransformerConfig, recipe: Recipe, seed: int = 0):
+    def __init__(self, config: TransformerConfig, recipe: Recipe, seed: int = 0, threads: int = 1):
+        """`threads` > 1: that many cores work on each batch, see parallel.py (threadpoolctl)."""
         self.config, self.recipe = config, recipe
         self.model = Transformer(config, rng=np.random.default_rng(seed))
         self.rng = np.random.default_rng([seed, 1])  # of dropout
         self.optimizer = Adam(self.model.parameters(), 0.0, recipe.betas, recipe.eps)
+        self.threads = BatchThreads(self.model, threads, self.rng) if threads > 1 else None
 
     def step(self, batch: Batch, rate: float) -> float:
         """One update of the weights; returns the loss, in nats per target token."""
-        model, recipe = self.model, self.recipe
-        logits, backward_model = model(batch.src, batch.tgt_in, rng=self.rng)
-        loss, backward_loss = cross_entropy(
-            logits, batch.tgt_out, ignore_index=PAD, label_smoothing=recipe.label_smoothing
-        )
+        n_targets = int((batch.tgt_out != PAD).sum())
+
+        def add_gradients(model: Transformer, src: Array, tgt: Array, rng: Rng) -> float:
+            logits, backward_model = model(src, tgt[:, :-1], rng=rng)  # (B, T, V)
+            loss, backward_loss = cross_entropy(
+                logits, tgt[:, 1:], PAD, self.recipe.label_smoothing, n_targets
+            )
+            backward_model(backward_loss(1.0))
+            return float(loss)
+
         self.optimizer.zero_grad()
-        backward_model(backward_loss(1.0))
-        clip_grad_norm(self.optimizer.parameters, recipe.clip)
+        if self.threads:
+            loss = self.threads.run(add_gradients, batch.src, batch.tgt)
+        else:
+            loss = add_gradients(self.model, batch.src, batch.tgt, self.rng)
+        clip_grad_norm(self.optimizer.parameters, self.recipe.clip)
         self.optimizer.rate = schedules.constant(rate)
         self.optimizer.step()
-        return float(loss)
+        return loss
 
     def batches(self, task: Task, first_step: int, seed: int) -> Iterator[Batch]:
         step = first_step
@@ -129,11 +140,17 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All that the next step depends on besides the weights: arrays, and what JSON can hold."""
-        return self.optimizer.state_dict(), {"rng": self.rng.bit_generator.state}
+        rngs = self.threads.rngs if self.threads else [self.rng]
+        return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in rngs]}
 
     def load_state(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(arrays)
-        self.rng.bit_generator.state = values["rng"]
+        rngs = self.threads.rngs if self.threads else [self.rng]
+        if len(values["rng"]) != len(rngs):
+            n = len(values["rng"])
+            raise ValueError(f"the run was trained with {n} thread{'s' if n > 1 else ''}")
+        for rng, state in zip(rngs, values["rng"], strict=True):
+            rng.bit_generator.state = state
 
 
 class Reporter(Protocol):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from npformer import checkpoint, presets, tasks, training
 from npformer.tasks import EOS, PAD, SOS
 
 TRAINERS = {"numpy": training.Trainer, "torch": torchformer.training.Trainer}
+WAYS = TRAINERS | {"numpy, 2 threads": partial(training.Trainer, threads=2)}
 
 
 def small(task):
@@ -35,13 +37,13 @@ class StopAt(training.Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("backend", TRAINERS)
+@pytest.mark.parametrize("backend", WAYS)
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, backend):
     task = tasks.load("sort")
     config, recipe = small(task)
 
     def go(folder, **options):
-        trainer = TRAINERS[backend](config, recipe, 3)
+        trainer = WAYS[backend](config, recipe, 3)
         outcome = training.run(
             trainer, task, folder, recipe=recipe, seed=3, test_examples=8, **options
         )
@@ -93,6 +95,9 @@ def test_resuming_another_run_is_refused(tmp_path):
     other = training.Trainer(replace(config, d_ff=48), recipe)
     with pytest.raises(checkpoint.CheckpointError, match="another model configuration"):
         training.run(other, task, tmp_path, recipe=recipe, resume=True)
+    threaded = training.Trainer(config, recipe, threads=2)
+    with pytest.raises(checkpoint.CheckpointError, match="was trained with 1 thread"):
+        training.run(threaded, task, tmp_path, recipe=recipe, resume=True)
     again = training.Trainer(config, recipe)
     with pytest.raises(checkpoint.CheckpointError, match="seed"):
         training.run(again, task, tmp_path, recipe=recipe, seed=9, resume=True)
