@@ -13,7 +13,7 @@ from typing import Any
 import npformer
 from npformer import presets, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.checkpoint import CheckpointError
+from npformer.checkpoint import CheckpointError, blame
 from npformer.decoding import greedy
 from npformer.plot import draw_history
 from npformer.tasks import EOS, SOS, Task, pad
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, TypeError, OSError, MissingError) as error:
+    except (ValueError, TypeError, OSError, MemoryError, MissingError) as error:
         message = " ".join(str(error).split())
         print(f"npformer {options.command}: {message}", file=sys.stderr)
         return 2
@@ -93,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--threads",
         type=_positive,
-        help="processor cores to use (numpy: default 1, by threads "
-        "that share each batch; torch: default all)",
+        help="processor cores to use.  numpy: threads that share each batch, with BLAS at one "
+        "(default: no such threads, BLAS as it likes); torch: its own (default all)",
     )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
     train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
@@ -145,7 +145,7 @@ def run_demo(options: argparse.Namespace) -> int:
             recipe=recipe,
             seed=options.seed,
             minutes=1.0,  # on a slow machine the schedule is shortened to fit
-            about={"preset": "demo"},
+            about={"preset": "demo", "config": config.to_json()},
             report=report,
         )
     if outcome.ended == "interrupted":
@@ -196,9 +196,10 @@ def run_train(options: argparse.Namespace) -> int:
                 raise ValueError(f"the run in {folder} has {name} {about[name]}")
         if options.preset or options.config or options.out:
             raise ValueError("--resume goes on as it began: no --preset, --config or --out")
-        task = tasks.load(about["task"])
-        config = npformer.TransformerConfig.from_json(about["config"])
-        recipe = training.Recipe(**about["recipe"])
+        with blame(folder / training.RUN):
+            task = tasks.load(about["task"])
+            config = npformer.TransformerConfig.from_json(about["config"])
+            recipe = training.Recipe(**about["recipe"])
         backend, seed, threads = about["backend"], about["seed"], about["threads"]
     else:
         if options.task is None:
@@ -346,7 +347,9 @@ def _text(task: Task, ids: Sequence[int]) -> str:
 
 def _load(folder: str) -> tuple[Transformer, Task]:
     about = training.load_run(folder)
-    model, task = Transformer.load(folder), tasks.load(about["task"])
+    with blame(Path(folder) / training.RUN):
+        task = tasks.load(about["task"])
+    model = Transformer.load(folder)
     sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
     if (model.config.src_vocab_size, model.config.tgt_vocab_size) != sizes:
         raise CheckpointError(f"{folder}: the model's vocabularies are not those of {task.name}")
