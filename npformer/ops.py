@@ -182,7 +182,7 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
     """
     _check_floats("softmax", x=x)
     _check_last_axis("softmax", "x", x, "S")
-    _check_mask("softmax", mask, x.shape)
+    check_mask("softmax", mask, x.shape)
     e = _exp_up_to_scale(x, mask)
     total = sum_last(e)  # (..., 1)
     e /= total + (total == 0)  # a masked row has e = 0 throughout: 0 / 1 instead of 0 / 0
@@ -613,7 +613,7 @@ def _check_attention(q: Array, k: Array, mask: Mask) -> None:
         )
     if k.shape[-1] == 0:
         raise ValueError(f"attention: there is nothing to compare (D = 0), q has shape {q.shape}")
-    _check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
+    check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
 
 
 def _check_values(k: Array, v: Array) -> None:
@@ -625,12 +625,12 @@ def _check_values(k: Array, v: Array) -> None:
         )
 
 
-def check_boolean(op: str, mask: Array, meaning: str) -> None:
+def check_boolean(op: str, mask: Array, meaning: str, name: str = "mask") -> None:
     """A mask is boolean and nothing else; say how to convert what it looks like."""
     if isinstance(mask, np.ndarray) and mask.dtype == bool:
         return
     if not isinstance(mask, np.ndarray):
-        raise TypeError(f"{op}: mask must be a boolean NumPy array, got {type(mask).__name__}")
+        raise TypeError(f"{op}: {name} must be a boolean NumPy array, got {type(mask).__name__}")
     if np.isin(mask, (0, 1)).all():
         looks = "0s and 1s"
         fix = f"mask == 1 if 1 means '{meaning}', mask == 0 if it means the opposite"
@@ -639,19 +639,20 @@ def check_boolean(op: str, mask: Array, meaning: str) -> None:
     else:
         looks, fix = "neither 0/1 nor 0/-inf", "a comparison that is True where you want it"
     raise TypeError(
-        f"{op}: mask must be boolean, True = {meaning}; got {mask.dtype}, {looks}: pass {fix}"
+        f"{op}: {name} must be boolean, True = {meaning}; got {mask.dtype}, {looks}: pass {fix}"
     )
 
 
-def _check_mask(op: str, mask: Mask, shape: tuple[int, ...]) -> None:
+def check_mask(op: str, mask: Mask, shape: tuple[int, ...], name: str = "mask") -> None:
+    """A mask is boolean and broadcasts to the scores that it is for."""
     if mask is None:
         return
-    check_boolean(op, mask, "may attend")
+    check_boolean(op, mask, "may attend", name)
     aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
     if mask.ndim > len(shape) or any(m not in (1, n) for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"
         raise ValueError(
-            f"{op}: mask of shape {mask.shape} does not broadcast to {letters} = {shape}; "
+            f"{op}: {name} of shape {mask.shape} does not broadcast to {letters} = {shape}; "
             "a padding mask is (B, 1, 1, S), a causal one (T, S), one per sample (B, 1, T, S)"
         )
 

@@ -127,7 +127,8 @@ class Transformer(Module):
 
     def encode(self, src: Array, src_mask: Mask = None, rng: Rng | None = None) -> Forward:
         """src (B, S)   ->   memory (B, S, C)"""
-        mask = _and(padding_mask(src, self.config.src_pad_id), src_mask)  # -> (B, H, S, S)
+        mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
         x, backward_embed = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
         memory, backward_encoder = self.encoder(x, mask, rng)
@@ -143,7 +144,7 @@ class Transformer(Module):
     ) -> Forward:
         """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory"""
         mask = padding_mask(tgt, self.config.tgt_pad_id) & causal_mask(tgt.shape[1])
-        mask = _and(mask, tgt_mask)  # -> (B, H, T, T)
+        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, T)
         x, backward_embed = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
         if memory is None:
             y, backward_decoder = self.decoder(x, mask, rng)  # (B, T, C)
@@ -187,7 +188,8 @@ class Transformer(Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
-        mask = _and(known & causal_mask(tgt.shape[1], offset=offset), tgt_mask)
+        mask = known & causal_mask(tgt.shape[1], offset=offset)
+        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, length + T)
         with no_grad():
             x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
             if cache.memory_mask is None:
@@ -265,9 +267,10 @@ class Transformer(Module):
                 f"{self.config.max_len} (max_len)"
             )
 
-
-def _and(mask: Array, given: Mask) -> Array:
-    if given is None:
-        return mask
-    ops.check_boolean("Transformer", given, "may attend")
-    return mask & given
+    def _and(self, name: str, given: Mask, mask: Array, T: int) -> Array:
+        """A mask that was given allows nothing that ours forbids.   mask (B, 1, T or 1, S)"""
+        if given is None:
+            return mask
+        scores = (len(mask), self.config.n_heads, T, mask.shape[-1])  # (B, H, T, S)
+        ops.check_mask("Transformer", given, scores, name)
+        return mask & given

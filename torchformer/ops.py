@@ -23,7 +23,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
     scores = q @ k.mT * scale  # (..., T, S)
     if mask is None:
         return scores.softmax(dim=-1)
-    check_mask(mask)
+    check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
     open_mask, has_key = _open_dead_rows(mask)
     weights = scores.masked_fill(~open_mask, -torch.inf).softmax(dim=-1)
     return weights * has_key
@@ -44,7 +44,7 @@ def attention(
         return dropout(weights, p, True, rng) @ v
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    check_mask(mask)
+    check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
     open_mask, has_key = _open_dead_rows(mask)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=open_mask, dropout_p=p)
     return torch.where(has_key, y, 0)
@@ -65,11 +65,17 @@ def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     return x * torch.as_tensor(keep, device=x.device) * scale
 
 
-def check_mask(mask: Tensor) -> Tensor:
-    """The mask itself, or TypeError with the line that converts it."""
+def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
+    """A mask is boolean and broadcasts to the scores that it is for."""
     if mask.dtype != torch.bool:
         raise TypeError(
-            f"attention: mask must be boolean, True = may attend, got {mask.dtype}: pass mask == 1 "
+            f"{op}: {name} must be boolean, True = may attend, got {mask.dtype}: pass mask == 1 "
             "if 1 means 'may attend', mask == 0 if it means the opposite or if the mask is additive"
         )
-    return mask
+    aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
+    if mask.ndim > len(shape) or any(m not in (1, n) for m, n in aligned):
+        letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(mask.shape)} does not broadcast to {letters} = {shape}; "
+            "a padding mask is (B, 1, 1, S), a causal one (T, S), one per sample (B, 1, T, S)"
+        )

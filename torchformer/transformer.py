@@ -142,7 +142,8 @@ class Transformer(nn.Module):
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
         """src (B, S)   ->   memory (B, S, C)"""
-        mask = _and(padding_mask(src, self.config.src_pad_id), src_mask)  # -> (B, H, S, S)
+        mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
         x = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
         return self.encoder(x, mask, rng)
@@ -158,7 +159,7 @@ class Transformer(nn.Module):
         """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)"""
         causal = causal_mask(tgt.shape[1], device=tgt.device)
         mask = padding_mask(tgt, self.config.tgt_pad_id) & causal
-        mask = _and(mask, tgt_mask)  # -> (B, H, T, T)
+        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, T)
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
         if memory is None:
             y = self.decoder(x, mask, rng)  # (B, T, C)
@@ -198,7 +199,7 @@ class Transformer(nn.Module):
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
         causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
-        mask = _and(known & causal, tgt_mask)
+        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
@@ -225,9 +226,8 @@ class Transformer(nn.Module):
         """logits = x Wᵀ: the table read the other way, a score for each of its rows   [§ 3.4]."""
         weight = self.tgt_embedding.weight
         is_pad = torch.arange(len(weight), device=weight.device) == self.config.tgt_pad_id
-        weight = torch.where(
-            is_pad[:, None], weight.detach(), weight
-        )  # no gradient for the pad row
+        # The row of the pad gets no gradient
+        weight = torch.where(is_pad[:, None], weight.detach(), weight)
         return F.linear(x, weight)
 
     @torch.no_grad()
@@ -286,12 +286,16 @@ class Transformer(nn.Module):
                 f"{self.config.max_len} (max_len)"
             )
 
+    def _and(self, name: str, given: Mask, mask: Tensor, T: int) -> Tensor:
+        """A mask that was given allows nothing that ours forbids.   mask (B, 1, T or 1, S)"""
+        if given is None:
+            return mask
+        scores = (len(mask), self.config.n_heads, T, mask.shape[-1])  # (B, H, T, S)
+        ops.check_mask("Transformer", given, scores, name)
+        return mask & given
+
 
 def as_numpy(x: Tensor) -> np.ndarray:
     """The values on the host; bfloat16, which NumPy lacks, as float32."""
     x = x.detach().cpu()
     return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-
-
-def _and(mask: Tensor, given: Mask) -> Tensor:
-    return mask if given is None else mask & ops.check_mask(given)
