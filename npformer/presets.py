@@ -34,6 +34,7 @@ DIGITS: dict[str, Settings] = {
     "notes": {"model": NOTES, "recipe": {"steps": 3000}},
     "demo": {"model": {**NOTES, **NO_DROPOUT}, "recipe": {"steps": 1500}},
 }
+RELEASE = {**NOTES, "d_model": 128, "d_ff": 512, "norm_first": True, "max_len": 64}
 G2P: dict[str, Settings] = {
     "default": {
         "model": {**NOTES, "d_model": 128, "d_ff": 512, "norm_first": True, "max_len": 64},
@@ -49,6 +50,34 @@ G2P: dict[str, Settings] = {
     "notes": {
         "model": {**NOTES, "max_len": 64},
         "recipe": {"batch_size": 256, "steps": 5000, "warmup": 400, "label_smoothing": 0.1},
+    },
+    # What the package ships: on a GPU in minutes, or a smaller one on a CPU, 30 epochs in an hour.
+    "release": {
+        "model": RELEASE | {"n_encoder_layers": 4, "n_decoder_layers": 4},
+        "recipe": {
+            "batch_size": 1024,
+            "steps": 20_000,
+            "rate": 1e-3,
+            "warmup": 3000,
+            "label_smoothing": 0.1,
+            "evaluate_every": 500,
+            "dev_examples": 2513,
+            "average": 10,
+        },
+    },
+    "release-cpu": {
+        # Thirty epochs are too few to overfit: dropout is for the sublayers alone.
+        "model": RELEASE | {"attention_dropout": 0.0, "activation_dropout": 0.0},
+        "recipe": {
+            "batch_size": 256,
+            "steps": 13_000,
+            "rate": 2e-3,
+            "warmup": 1000,
+            "label_smoothing": 0.1,
+            "evaluate_every": 430,
+            "dev_examples": 2513,
+            "average": 5,
+        },
     },
 }
 

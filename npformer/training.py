@@ -11,11 +11,13 @@ What is in the folder
     run.json                         task, recipe, seed, versions, results
     history.json                     loss, rate and scores over time
     resume.safetensors               the last state of everything, to go on from
+    recent/                          the last few weights, where the recipe averages them
 """
 
 import json
 import math
 import platform
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +39,7 @@ from npformer.parallel import BatchThreads
 from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
-RUN, HISTORY, RESUME = "run.json", "history.json", "resume.safetensors"
+RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ class Recipe:
     clip: float = 1.0  # the L2 norm that all gradients together may have
     evaluate_every: int = 250  # steps
     dev_examples: int = 500  # of the held-out ones, for choosing the best checkpoint
+    average: int = 0  # so many of the last weights evaluated are averaged in the end; 0: none
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "warmup", "evaluate_every", "dev_examples"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.average, int) or isinstance(self.average, bool) or self.average < 0:
+            raise ValueError(f"average must be an integer of at least 0, got {self.average!r}")
         for name in ("rate", "clip", "eps"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -211,18 +216,19 @@ def run(
     progress = _resume(trainer, folder, seed, recipe) if resume else Progress()
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
     about |= {"recipe": asdict(recipe), "versions": versions()}
-    checkpoint.save_json(
-        folder / RUN, about
-    )  # a folder that cannot be written fails here, not later
+    checkpoint.save_json(folder / RUN, about)  # a folder that cannot be written fails here already
+    if not resume:
+        shutil.rmtree(folder / RECENT, ignore_errors=True)
     dev = _spread(task.dev(), recipe.dev_examples)
     evaluations = progress.history["evaluations"]
     session = _Clock(progress.seconds)
     since_best, ended = 0, "done"
 
-    def evaluate() -> bool:
+    def evaluate(**about) -> bool:
         """Score the weights as they are; save them if they are the best so far."""
         entry = {"step": progress.step, "seconds": session.seconds()}
         entry |= score(trainer, task, dev)
+        entry |= about
         is_best = task.better(entry[task.metric], progress.best)
         if is_best:
             progress.best, progress.best_step = entry[task.metric], progress.step
@@ -272,6 +278,7 @@ def run(
                 ended = "interrupted"
                 break
             if step % recipe.evaluate_every == 0 and step < total:
+                _keep(trainer, folder / RECENT, step, recipe.average)
                 since_best = 0 if evaluate() else since_best + 1
                 if target is not None and not task.better(target, progress.best):
                     ended = "early"
@@ -280,7 +287,13 @@ def run(
                     ended = "early"
                     break
         if not evaluations or evaluations[-1]["step"] != progress.step:
+            if ended != "interrupted":
+                _keep(trainer, folder / RECENT, progress.step, recipe.average)
             evaluate()
+    averaged = bool(evaluations) and "averaged" in evaluations[-1]
+    if recipe.average > 1 and ended != "interrupted" and not averaged:
+        trainer.load_weights(_average(folder / RECENT))
+        evaluate(averaged=recipe.average)
     if ended == "interrupted":
         return Outcome(ended, progress, {})
     _, best = checkpoint.load(folder)
@@ -291,6 +304,24 @@ def run(
     checkpoint.save_json(folder / RUN, about | {"results": results | scores})
     checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores})
     return Outcome(ended, progress, scores)
+
+
+def _keep(trainer, folder: Path, step: int, n: int) -> None:
+    """The weights at this step beside those of the n - 1 evaluations before it; older ones go."""
+    if n < 2:
+        return
+    checkpoint.save_tensors(folder / f"{step:08d}.safetensors", trainer.weights(), {})
+    for old in sorted(folder.glob("*.safetensors"))[:-n]:
+        old.unlink()
+
+
+def _average(folder: Path) -> dict[str, Array]:
+    """The mean of the weights in that folder: nearer to the middle of the valley than any of them.
+
+    [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
+    """
+    kept = [checkpoint.load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
 def score(trainer, task: Task, examples: Sequence[Example]) -> dict[str, float]:

@@ -58,6 +58,39 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(tmp_path, backend)
         np.testing.assert_array_equal(x, parts[name], err_msg=name)
 
 
+@pytest.mark.parametrize("backend", TRAINERS)
+def test_the_last_weights_are_averaged_and_judged_like_any_others(tmp_path, backend):
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    recipe = replace(recipe, average=2)  # of those at the steps 8 and 12
+
+    class Watch(training.Silent):
+        def __init__(self):
+            self.seen = []
+
+        def evaluation(self, entry, is_best):
+            self.seen.append((entry, trainer.weights()))
+
+    trainer, watch = TRAINERS[backend](config, recipe, 3), Watch()
+    go = partial(training.run, task=task, recipe=recipe, seed=3, test_examples=8)
+    go(trainer, folder=tmp_path / "whole", report=watch)
+    entries, weights = zip(*watch.seen, strict=True)
+    assert [entry["step"] for entry in entries] == [4, 8, 12, 12]
+    assert [entry.get("averaged") for entry in entries] == [None, None, None, 2]
+    for name, x in weights[3].items():
+        np.testing.assert_array_equal(x, (weights[1][name] + weights[2][name]) / 2, err_msg=name)
+
+    go(TRAINERS[backend](config, recipe, 3), folder=tmp_path / "parts", report=StopAt(10))
+    trainer, watch = TRAINERS[backend](config, recipe, 3), Watch()
+    go(trainer, folder=tmp_path / "parts", report=watch, resume=True)
+    assert watch.seen[-1][0]["averaged"] == 2
+    for name, x in weights[3].items():
+        np.testing.assert_array_equal(x, watch.seen[-1][1][name], err_msg=name)
+    trainer, watch = TRAINERS[backend](config, recipe, 3), Watch()
+    go(trainer, folder=tmp_path / "parts", report=watch, resume=True)
+    assert watch.seen == []  # what is done is done
+
+
 def test_both_twins_train_alike(tmp_path):
     """Without dropout the same seed gives the same weights, batches and, nearly, losses."""
     task = tasks.load("sort")
