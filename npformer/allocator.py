@@ -3,7 +3,7 @@
 import ctypes
 import platform
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 KEEP = 1 << 30  # bytes: more than any array of a training step
 KEEP_OLD = 1 << 25  # glibc before 2.35 refuses a larger M_MMAP_THRESHOLD
 
@@ -15,6 +15,9 @@ def keep_freed_memory() -> bool:
     and each new one pays a page fault for every 4 KiB.  A training step makes and drops the same
     arrays over and over.  The price is that the process never shrinks below its peak.
 
+    Threads share one pool of memory: by default each has one of its own, whose settings are not
+    these, and two threads spend a tenth of a step on page faults.
+
     The trainer and the benchmarks call this; importing npformer does not.  On any other C library
     (musl, macOS, Windows) it does nothing and returns False.
     """
@@ -22,4 +25,4 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt  # 1 where the value was taken, 0 where not
     taken = mallopt(M_MMAP_THRESHOLD, KEEP) or mallopt(M_MMAP_THRESHOLD, KEEP_OLD)
-    return bool(taken and mallopt(M_TRIM_THRESHOLD, KEEP))
+    return bool(taken and mallopt(M_TRIM_THRESHOLD, KEEP) and mallopt(M_ARENA_MAX, 1))
