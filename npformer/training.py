@@ -166,6 +166,8 @@ class Reporter(Protocol):
 
 
 class Silent:
+    """Reports nothing."""
+
     def step(self, entry: dict[str, float]) -> None: ...
     def evaluation(self, entry: dict[str, float], is_best: bool) -> None: ...
 

@@ -36,6 +36,7 @@ def greedy(
 
 
 def check_max_len(max_len: int, positions: int) -> None:
+    """Raises ValueError where the start token and `max_len` more do not fit the positions."""
     if not 1 <= max_len < positions:
         raise ValueError(
             f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "

@@ -22,6 +22,8 @@ HELD_OUT = 10  # one sequence in ten
 
 
 class Digits(Task):
+    """A sequence of digits in, the same digits in another order out."""
+
     metric = "exact_match"  # the fraction of sequences that come out right from first to last
     lower_is_better = False
     max_src_len = max_tgt_len = 10

@@ -53,6 +53,8 @@ def split(word: str) -> str:
 
 
 class G2P(Task):
+    """Letters in, phonemes out: how English words are pronounced, by the CMU dictionary."""
+
     name = "g2p"
     metric = "phoneme_error_rate"
     lower_is_better = True
