@@ -22,6 +22,7 @@ from benchmarks.harness import (
     torch_threads,
 )
 from npformer import Adam, Transformer, clip_grad_norm, ops
+from npformer.parallel import BatchThreads
 
 RATE = 1e-5  # so small that the hundredth step costs what the first one does
 MAX_NORM = 1.0
@@ -37,7 +38,8 @@ class Problem:
         self.config = size.model_config(dropout)
         rng = np.random.default_rng(0)
         ids = rng.integers(1, size.vocab_size, (2, size.batch, size.length + 1))  # 0 is padding
-        self.src, self.tgt_in, self.tgt_out = ids[0, :, :-1], ids[1, :, :-1], ids[1, :, 1:]
+        self.src, self.tgt = ids[0, :, :-1], ids[1]
+        self.tgt_in, self.tgt_out = self.tgt[:, :-1], self.tgt[:, 1:]
         self.weights: dict[str, Array] = {}
         if share_weights:
             self.weights = Transformer(self.config, rng).state_dict()
@@ -106,6 +108,26 @@ class NumpyStep(Step):
     def gradients(self) -> tuple[float, dict[str, Array]]:
         loss = self.forward_backward(None)
         return loss, {name: p.grad for name, p in self.model.named_parameters()}
+
+
+class ThreadedStep(NumpyStep):
+    """The batch cut over `threads` Python threads, each with BLAS held at one."""
+
+    def __init__(self, problem: Problem, threads: int):
+        super().__init__(problem)
+        self.batch_threads = BatchThreads(self.model, threads, self.rng)
+
+    def forward_backward(self, rng: np.random.Generator | None) -> float:
+        def add_gradients(model: Transformer, src: Array, tgt: Array, own_rng: Any) -> float:
+            logits, backward_model = model(src, tgt[:, :-1], rng=rng and own_rng)
+            loss, backward_loss = ops.cross_entropy(
+                logits, tgt[:, 1:], ignore_index=0, n_targets=self.problem.tgt_out.size
+            )
+            backward_model(backward_loss(1.0))
+            return float(loss)
+
+        self.optimizer.zero_grad()
+        return self.batch_threads.run(add_gradients, self.problem.src, self.problem.tgt)
 
 
 class TorchStep(Step):
@@ -246,11 +268,13 @@ class SquareProducts:
 
 
 NPFORMER, TORCH, FLOOR = "npformer", "torch.nn.Transformer", "floor"
+THREADED = "npformer, batch over threads"
 SQUARE = "square products"
 
 # backend on the command line -> its name in the tables, the package it needs
 BACKENDS = {
     "npformer": (NPFORMER, "numpy"),
+    "threads": (THREADED, "numpy"),  # as many Python threads as the others have threads
     "torchformer": ("torchformer", "torch"),
     "torch": (TORCH, "torch"),
     "fused": (f"{TORCH}, fused Adam", "torch"),
@@ -260,7 +284,9 @@ BACKENDS = {
 }
 
 
-def make(backend: str, problem: Problem, device: str = "cpu") -> tuple[Contender, Step | None]:
+def make(
+    backend: str, problem: Problem, device: str = "cpu", threads: int = 1
+) -> tuple[Contender, Step | None]:
     """The contender of that name, and the step to be checked (the floor has none)."""
     name, package = BACKENDS[backend]
     if not is_installed(package):
@@ -273,6 +299,9 @@ def make(backend: str, problem: Problem, device: str = "cpu") -> tuple[Contender
     if backend == "npformer":
         step = NumpyStep(problem)
         return Contender(name, step, numpy_threads), step
+    if backend == "threads":
+        step = ThreadedStep(problem, threads)
+        return Contender(name, step, lambda: threads), step
     if backend == "jax":
         from benchmarks.jax_reference import JaxStep, jax_threads
 

@@ -65,7 +65,7 @@ def probabilities(text: str) -> list[float]:
 
 
 def measure_all(options: argparse.Namespace) -> list[Run]:
-    backends = options.backends or default_backends()
+    backends = options.backends or default_backends(options.threads)
     backends += [b for b in ("compile", "jax") if getattr(options, b) and b not in backends]
     devices = ["cpu", "cuda"] if has_cuda(options.device) else ["cpu"]
     options.config = options.config or harness.sizes("S,M" if options.quick else "S,M,B")
@@ -75,8 +75,10 @@ def measure_all(options: argparse.Namespace) -> list[Run]:
     return [measure_step(size, p, backends, devices, options) for size, p in cases]
 
 
-def default_backends() -> list[str]:
-    wanted = ("npformer", "torchformer", "torch", "fused", "floor")
+def default_backends(threads: int) -> list[str]:
+    wanted = ["npformer", "torchformer", "torch", "fused", "floor"]
+    if threads > 1:
+        wanted.insert(1, "threads")
     return [backend for backend in wanted if harness.is_installed(BACKENDS[backend][1])]
 
 
@@ -95,7 +97,7 @@ def measure_step(
     label = f"{size.name}, dropout {dropout:g}"
     problem = Problem(size, dropout, options.clip)
     with pinned(options.threads):
-        made = [make(backend, problem) for backend in backends]
+        made = [make(backend, problem, threads=options.threads) for backend in backends]
         if "cuda" in devices:
             made += [make(b, problem, "cuda") for b in backends if b in ("torchformer", "torch")]
         check_same({c.name: step for c, step in made if step})
