@@ -88,7 +88,7 @@ def first_win(times: list[float], reference: list[float]) -> int | None:
 
 
 def draw_breakdown(result: Result) -> Any:
-    """A bar for each size: the share of the step that each op takes, the products hatched."""
+    """A bar for each size: the share of the step that each op takes."""
     runs = [run for run in result.runs if run.about["dropout"] > 0] or result.runs
     figure, axes = new_figure(8.5, 1.1 + 0.75 * len(runs))
     shares = [shares_of(run) for run in runs]
@@ -98,8 +98,9 @@ def draw_breakdown(result: Result) -> Any:
             total[name] += part
     order = sorted(total, key=lambda name: -total[name])
     shown, rest = order[:9], order[9:]
-    palette = [*COLOURS, "#7fb2ff", "#e9a58d", "#8fd3b6", "#c9ced3"]
+    palette = [*COLOURS, "#7fb2ff", "#e9a58d", "#8fd3b6", "#9aa3ab"]
     left = [0.0] * len(runs)
+    number: dict[str, Any] = {"fontsize": 8.5, "color": "white", "weight": "bold"}
     for colour, name in zip(palette, [*shown, "everything else"], strict=False):
         parts = [
             100 * (sum(share.get(n, 0) for n in rest) if name not in shown else share.get(name, 0))
@@ -108,9 +109,7 @@ def draw_breakdown(result: Result) -> Any:
         axes.barh(range(len(runs)), parts, left=left, color=colour, label=name, height=0.62)
         for i, part in enumerate(parts):
             if part > 4.5:
-                axes.text(
-                    left[i] + part / 2, i, f"{part:.0f}", ha="center", va="center", fontsize=8.5
-                )
+                axes.text(left[i] + part / 2, i, f"{part:.0f}", ha="center", va="center", **number)
         left = [a + b for a, b in zip(left, parts, strict=True)]
     axes.set_yticks(range(len(runs)), [run.about["config"]["name"] for run in runs])
     axes.invert_yaxis()
@@ -138,7 +137,7 @@ def draw_roofline(result: Result) -> Any:
     figure, axes = new_figure(3.6 * len(result.runs), 4, len(result.runs))
     for a, run in zip(axes if len(result.runs) > 1 else [axes], result.runs, strict=True):
         top, copying, found = roofline.points(run)
-        xs = [2.0**i for i in range(-4, 9)]
+        xs = sorted([2.0**-4, top / copying, 2.0**8])
         a.plot(xs, [min(top, x * copying) for x in xs], color="#24292f", linewidth=1.4)
         for colour, (name, (intensity, rate)) in zip(
             [*COLOURS, "#e9a58d"], found.items(), strict=False
