@@ -78,9 +78,10 @@ def peer_bound(
 
     No bound in closed form is tight for a whole model.  So a float32 result is judged by an equal
     that did the same: it may err, against the float64 oracle, twice as much as a `peer` does that
-    is known to be good.  `nudged` is the oracle again, from inputs and weights that are off by one
-    float32 rounding each.  Where the function itself magnifies that (LayerNorm over two features
-    that are almost equal: up to 1/sqrt(eps)), the error of the peer is large or small by luck.
+    is known to be good.  `nudged` (K, ...) is the oracle K times again, from inputs and weights
+    that are off by one float32 rounding each.  Where the function itself magnifies that (LayerNorm
+    over two features that are almost equal: up to 1/sqrt(eps)), the error of the peer is large or
+    small by luck.
     `floor` is the largest gradient of the model: a tensor whose gradient is 0 in theory (the bias
     of k_proj) holds nothing but noise, and is measured on that scale.
     """

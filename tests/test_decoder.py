@@ -36,13 +36,15 @@ def decoders(draw, activations=SMOOTH, layer_alone=False):
         if layer_alone:
             return randomise(DecoderLayer(C, H, F, **kind, rng=rng, dtype=dtype), seed)
         layers = [DecoderLayer(C, H, F, **kind, rng=rng, dtype=dtype) for _ in range(n_layers)]
-        return randomise(Decoder(layers, LayerNorm(C, dtype=dtype) if final_norm else None), seed)
+        return randomise(
+            Decoder(layers, LayerNorm(C, 1e-2, dtype=dtype) if final_norm else None), seed
+        )
 
     def make_twin():
         if layer_alone:
             return torchformer.DecoderLayer(C, H, F, **kind)
         layers = [torchformer.DecoderLayer(C, H, F, **kind) for _ in range(n_layers)]
-        return torchformer.Decoder(layers, torch.nn.LayerNorm(C) if final_norm else None)
+        return torchformer.Decoder(layers, torch.nn.LayerNorm(C, 1e-2) if final_norm else None)
 
     x, memory = (random_like((B, n, C), np.float64, seed + n) for n in (T, S))
     return Example(

@@ -23,13 +23,13 @@ SMOOTH = ["gelu", "gelu_tanh"]  # relu has a kink: float64 against the twin, and
 
 
 @st.composite
-def encoder_layers(draw, activations=SMOOTH):
+def encoder_layers(draw, activations=SMOOTH, eps=(1e-5, 1e-2)):
     B, S, H, D, F = draw(sizes("BSHDF", 6))
     C, seed, mask = H * D, draw(seeds), draw(masks((B, H), S, S))
     kind = dict(
         activation=draw(st.sampled_from(activations)),
         norm_first=draw(st.booleans()),
-        eps=draw(st.sampled_from([1e-5, 1e-2])),
+        eps=draw(st.sampled_from(eps)),
     )
 
     def make(dtype):
@@ -57,11 +57,13 @@ def encoders(draw, activations=SMOOTH):
     def make(dtype):
         rng = np.random.default_rng(seed)
         layers = [EncoderLayer(C, H, F, **kind, rng=rng, dtype=dtype) for _ in range(n_layers)]
-        return randomise(Encoder(layers, LayerNorm(C, dtype=dtype) if final_norm else None), seed)
+        return randomise(
+            Encoder(layers, LayerNorm(C, 1e-2, dtype=dtype) if final_norm else None), seed
+        )
 
     def make_twin():
         layers = [torchformer.EncoderLayer(C, H, F, **kind) for _ in range(n_layers)]
-        return torchformer.Encoder(layers, torch.nn.LayerNorm(C) if final_norm else None)
+        return torchformer.Encoder(layers, torch.nn.LayerNorm(C, 1e-2) if final_norm else None)
 
     return Example(
         make,
@@ -88,8 +90,9 @@ def test_agrees_with_the_twin(example):
     check_twin(example)
 
 
-@given(encoder_layers() | encoders())
+@given(encoder_layers(eps=[1e-2]) | encoders())
 def test_float32_is_as_exact_as_the_twin(example):
+    """With a large eps: 1/sqrt(eps) is by how much a LayerNorm may magnify a rounding."""
     check_peer(example)
 
 

@@ -12,10 +12,12 @@ from npformer import cross_entropy
 from npformer.masks import window_mask
 from npformer.testing import as_op, gradient_check
 from npformer.testing.conformance import (
+    N_NUDGED,
     OUTPUT,
     Example,
     assert_as_exact_as_a_peer,
     check_contract,
+    stacked,
 )
 from npformer.testing.models import (
     Batch,
@@ -48,17 +50,22 @@ def test_logits_loss_and_every_gradient_are_the_twins_in_float64(drawn):
     assert_same_step("Transformer", numpy_step(model, batch), torch_step(to_torch(model), batch))
 
 
-@given(models_and_batches(dtype=np.float32, activation="gelu"))
+@given(models_and_batches(dtype=np.float32, activation="gelu", eps=1e-2))
 def test_float32_is_as_exact_as_the_twin(drawn):
-    """With GELU: near 0 ReLU turns a rounding error into a gradient that is there or not."""
+    """With GELU: near 0 ReLU turns a rounding error into a gradient that is there or not.
+
+    And a large eps: 1/sqrt(eps) is by how much a LayerNorm may magnify a rounding.
+    """
     model, batch = drawn
     exact = npformer.Transformer(model.config, np.random.default_rng(0), np.float64)
     exact.load_state_dict(model.state_dict())
     oracle = numpy_step(exact, batch)
-    rng = np.random.default_rng(0)
-    for parameter in exact.parameters():
-        parameter.data[...] = npformer.compare.nudge(parameter.data, rng)
-    nudged = numpy_step(exact, batch)
+    rng, nudged = np.random.default_rng(0), []
+    for _ in range(N_NUDGED):
+        exact.load_state_dict(model.state_dict())
+        for parameter in exact.parameters():
+            parameter.data[...] = npformer.compare.nudge(parameter.data, rng)
+        nudged.append(numpy_step(exact, batch))
     c, (B, T) = model.config, batch.tgt.shape
     S = 0 if batch.src is None else batch.src.shape[1]
     n_layers = c.n_encoder_layers + c.n_decoder_layers
@@ -68,7 +75,7 @@ def test_float32_is_as_exact_as_the_twin(drawn):
         numpy_step(model, batch),
         torch_step(to_torch(model), batch),
         oracle,
-        nudged,
+        stacked(nudged),
         n,
         outputs=("logits", "loss"),
     )

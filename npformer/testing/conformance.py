@@ -23,6 +23,7 @@ from npformer.testing.gradcheck import as_op, gradient_check
 
 Array = np.ndarray
 Tensors = dict[str, Array]
+N_NUDGED = 4  # one alone may happen to move nothing
 OUTPUT, GRADIENT = 1e-12, 1e-10  # float64: of the largest output, of the largest gradient
 
 
@@ -143,9 +144,15 @@ def check_twin(example: Example) -> None:
 
 def check_peer(example: Example) -> None:
     oracle = numpy_step(example, np.float32, np.float64)
-    nudged = numpy_step(example, np.float32, np.float64, np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    nudged = stacked([numpy_step(example, np.float32, np.float64, rng) for _ in range(N_NUDGED)])
     ours, peer = numpy_step(example, np.float32), torch_step(example, np.float32)
     assert_as_exact_as_a_peer(example.name, ours, peer, oracle, nudged, example.n_summed)
+
+
+def stacked(steps: list[Tensors]) -> Tensors:
+    """Several results as one, each tensor with a leading axis."""
+    return {name: np.stack([step[name] for step in steps]) for name in steps[0]}
 
 
 def assert_same(
