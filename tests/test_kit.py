@@ -302,7 +302,8 @@ def test_what_is_not_implemented_is_skipped_and_nothing_at_all_is_a_failure(impo
     report = report_of(worker.load_target("adapters.bad:nothing"), cases("block"))
     assert report.exit_code == 1
     assert report.summary() == "nothing was compared, 12 skipped"
-    assert "skipped: no encoder_layer here" in report.text()
+    assert "block    skipped: encoder_layer, decoder_layer" in report.text()
+    assert report.verdicts[0].note == "no encoder_layer here"
 
 
 @pytest.mark.parametrize(

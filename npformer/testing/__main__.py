@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -9,47 +10,101 @@ def main(arguments: list[str] | None = None) -> int:
     """0: all agree; 1: something differs; 2: the command itself is wrong, said in one line."""
     options = _parser().parse_args(arguments)
     try:
-        from npformer.testing import cases, worker
+        from npformer.testing import cases
     except ImportError as error:
         return _refuse(f"the kit needs {error.name}: pip install 'npformer[test]'")
-    from npformer.testing.report import Report
+    from npformer.testing.worker import TargetError
 
     try:
+        fixed = cases.parse_fixed(options.fix)
+        only = cases.check_operations(options.only)
+        if options.bounds:
+            return _bounds(options, only)
+        if options.check:
+            return _check(options)
         levels = tuple(options.level or cases.LEVELS)
-        found = cases.make_cases(
-            levels, options.examples, options.seed, options.dtype, _fixed(options.fix)
-        )
-        report = Report(worker.verdicts(options.target, found, options.time_limit))
-    except (ValueError, TypeError, OSError, worker.TargetError) as error:
+        size = (options.examples, options.seed, options.dtype)
+        found = cases.make_cases(levels, *size, fixed, only)
+        return _dump(options, found) if options.dump else _run(options, found)
+    except OSError as error:
+        return _refuse(f"{error.filename}: {error.strerror}")
+    except (ValueError, TypeError, TargetError) as error:
         return _refuse(str(error))
+
+
+def _run(options: argparse.Namespace, found: list) -> int:
+    from npformer.testing.worker import verdicts
+
+    return _say(options, verdicts(options.target, found, options.time_limit))
+
+
+def _dump(options: argparse.Namespace, found: list) -> int:
+    from npformer.testing.exchange import dump
+
+    dump(Path(options.dump), found)
+    print(
+        f"{len(found)} cases in {options.dump}; answers go to {options.dump}/answers, then --check"
+    )
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from npformer.testing.exchange import check
+
+    return _say(options, check(Path(options.check)))
+
+
+def _say(options: argparse.Namespace, verdicts: Any) -> int:
+    from npformer.testing.report import Report
+
+    report = Report(verdicts)
     if options.json:
-        try:
-            report.write_json(options.json)
-        except OSError as error:
-            return _refuse(f"--json {options.json}: {error.strerror}")
+        report.write_json(options.json)
     print(report.text())
     return report.exit_code
+
+
+def _bounds(options: argparse.Namespace, only: tuple[str, ...]) -> int:
+    from npformer.testing import bounds
+
+    found = []
+    for used in bounds.measure(options.bounds, options.seed, only=only):
+        found.append(used)
+        if sys.stderr.isatty():
+            print(f"{used.op} {used.dtype}", end="\033[K\r", file=sys.stderr)
+    print(bounds.table(found))
+    return 0 if all(used.ok for used in found) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m npformer.testing",
-        description="Run another implementation of the Transformer through npformer's tests.",
+        description="Run another implementation of the Transformer through npformer's tests "
+        "(docs/testing-kit.md).",
         epilog="Exit code: 0 all agree, 1 something differs, 2 the command is wrong.",
     )
-    add = parser.add_argument
-    add(
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument(
         "--target",
         metavar="pkg.module:factory",
-        required=True,
         help="a function without arguments that returns the adapter, target(op, arrays, options)",
     )
+    mode.add_argument("--dump", metavar="DIR", help="write the cases there, for any program")
+    mode.add_argument("--check", metavar="DIR", help="score the answers that a program wrote there")
+    mode.add_argument(
+        "--bounds",
+        type=_positive,
+        metavar="N",
+        help="how much of each op's bound N examples use, npformer against PyTorch",
+    )
+    add = parser.add_argument
     add(
         "--level",
         action="append",
         choices=("op", "layer", "block", "model", "decoding"),
         help="only this level; may be given several times (default: all)",
     )
+    add("--only", action="append", default=[], metavar="OP", help="only this operation; repeatable")
     add("--examples", type=_positive, default=20, metavar="N", help="of each operation (20)")
     add("--seed", type=int, default=0, metavar="N", help="of all cases (0)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="(float64)")
@@ -69,26 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", metavar="FILE", help="write every verdict there as well")
     return parser
-
-
-def _fixed(texts: list[str]) -> dict[str, Any]:
-    """{"norm_first": False} of ["norm_first=false"].  Raises ValueError."""
-    import json
-    from dataclasses import fields
-
-    from npformer.config import TransformerConfig
-
-    known = {field.name for field in fields(TransformerConfig)}
-    found = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        if name not in known or not value:
-            raise ValueError(f"--fix {text}: expected NAME=VALUE, a field of TransformerConfig")
-        try:
-            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            found[name] = value
-    return found
 
 
 def _positive(text: str) -> int:

@@ -14,9 +14,10 @@ cases the first is the tame one, with ordinary padding and no mask besides.
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from npformer.feedforward import FeedForward
 from npformer.module import Module
 from npformer.testing.conformance import GRADIENT, OUTPUT, randomise
 from npformer.testing.op_cases import OP_CASES, OpCase, in_float64
-from npformer.testing.reference import reference
+from npformer.testing.reference import OPERATIONS, reference
 from npformer.testing.strategies import random_like
 from npformer.transformer import Transformer
 
@@ -62,13 +63,41 @@ def make_cases(
     seed: int = 0,
     dtype: str = "float64",
     fixed: dict[str, Any] | None = None,
+    only: tuple[str, ...] = (),
 ) -> list[Case]:
     """`n` cases of every operation at these levels.
 
     fixed    fields of TransformerConfig that are not drawn: {"norm_first": False}
+    only     these operations, if any are named
     """
     make = {"op": op_cases, "layer": layers, "block": blocks, "model": models, "decoding": decoding}
-    return [case for level in levels for case in make[level](n, seed, np.dtype(dtype), fixed or {})]
+    found = (
+        case for level in levels for case in make[level](n, seed, np.dtype(dtype), fixed or {})
+    )
+    return [case for case in found if not only or case.op in only]
+
+
+def parse_fixed(texts: list[str]) -> dict[str, Any]:
+    """{"norm_first": False} of ["norm_first=false"].  Raises ValueError."""
+    known = {field.name for field in fields(TransformerConfig)}
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in known or not value:
+            raise ValueError(f"--fix {text}: expected NAME=VALUE, a field of TransformerConfig")
+        try:
+            found[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            found[name] = value  # a string
+    return found
+
+
+def check_operations(names: list[str]) -> tuple[str, ...]:
+    """Raises ValueError for a name that is no operation."""
+    for name in names:
+        if name not in OPERATIONS:
+            raise ValueError(f"--only {name}: the operations are {', '.join(OPERATIONS)}")
+    return tuple(names)
 
 
 def drawn(strategy: st.SearchStrategy, n: int, seed: int) -> list:

@@ -40,7 +40,14 @@ class Report:
         lines = [
             f"{'level':<9}{'operation':<22}{'right':>9}  {'gradients':<10}most of a bound used"
         ]
-        lines += [_line(level, op, group) for (level, op), group in self.groups().items()]
+        lines += [_line(*key, group) for key, group in self.groups().items() if _is_there(group)]
+        for level in LEVELS:
+            absent = [
+                op
+                for (at, op), group in self.groups().items()
+                if at == level and not _is_there(group)
+            ]
+            lines += [f"{level:<9}skipped: {', '.join(absent)}"] if absent else []
         for group in self.groups().values():
             lines += _why(group)
         lines += ["", self.summary()]
@@ -68,11 +75,13 @@ class Report:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
+def _is_there(group: list[Verdict]) -> bool:
+    return any(v.status != "skipped" for v in group)
+
+
 def _line(level: str, op: str, group: list[Verdict]) -> str:
     asked = [v for v in group if v.status != "skipped"]
     head = f"{level:<9}{op:<22}"
-    if not asked:
-        return f"{head}{'-':>9}  skipped: {group[0].note}"
     right = sum(v.status == "ok" for v in asked)
     has_gradients = any(v.has_gradients for v in asked)
     wanted = any(name.startswith("d.") for v in asked for name in v.case.expected)
@@ -80,7 +89,8 @@ def _line(level: str, op: str, group: list[Verdict]) -> str:
     pairs = [(v.worst, v.case.name) for v in asked if v.worst is not None]
     row, name = max(pairs, key=lambda pair: pair[0].tolerances, default=(None, ""))
     used = f"{row.tolerances:.3g}  ({row.name} of {name})" if row and row.tolerances else ""
-    some = f"  ({len(group) - len(asked)} skipped)" if len(asked) < len(group) else ""
+    notes = [v.note for v in group if v.status == "skipped"]
+    some = f"  ({len(notes)} skipped: {notes[0]})" if notes else ""
     return f"{head}{right:>3} of {len(asked):<2}  {gradients:<10}{used}{some}".rstrip()
 
 
