@@ -141,7 +141,10 @@ def rerun(src: Any, logits: Callable[[Any], Any]) -> list[list[int]]:
 
 def decode_marian(problem: Problem) -> Decode:
     import torch
-    from transformers import MarianConfig, MarianMTModel
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        MarianConfig,
+        MarianMTModel,
+    )
 
     c = problem.config
     config = MarianConfig(

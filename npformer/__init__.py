@@ -26,7 +26,7 @@ from npformer import masks, ops, schedules
 from npformer.attention import MultiHeadAttention
 from npformer.config import TransformerConfig
 from npformer.decoder import Decoder, DecoderLayer
-from npformer.decoding import greedy
+from npformer.decoding import beam_search, greedy, sample
 from npformer.encoder import Encoder, EncoderLayer
 from npformer.feedforward import FeedForward
 from npformer.layers import Embedding, LayerNorm, Linear
@@ -57,11 +57,13 @@ __all__ = [
     "SinusoidalPositions",
     "Transformer",
     "TransformerConfig",
+    "beam_search",
     "clip_grad_norm",
     "cross_entropy",
     "greedy",
     "masks",
     "no_grad",
     "ops",
+    "sample",
     "schedules",
 ]

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import npformer
 import torchformer
-from npformer.testing.models import configs, make_model
-from npformer.testing.strategies import seeds, token_batches
+from npformer.testing.models import configs, make_model, sources
+from npformer.testing.strategies import seeds
 from torchformer.convert import to_torch
 
 SOS, EOS = 1, 2
@@ -21,12 +21,7 @@ def models_and_sources(draw):
     """A model that answers something, and a ragged batch of sources."""
     config = draw(configs(encoder=True, **WITH_IDS))
     model = make_model(config, draw(seeds))
-    B, S = draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    src = draw(token_batches((B, S), config.src_vocab_size)).astype(np.int64)
-    src[src == 0] = 3
-    for row, n in zip(src, draw(st.lists(st.integers(1, S), min_size=B, max_size=B)), strict=True):
-        row[n:] = 0
-    return model, src
+    return model, draw(sources(config))
 
 
 def choose_without_a_cache(model, source, max_len):

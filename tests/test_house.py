@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "compare": LEAVES,
     "schedules": LEAVES,
     "allocator": LEAVES,
+    "answers": LEAVES,
     "cache": {"ops"},
     "module": {"ops", "checkpoint"},
     "layers": {"ops", "module"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
     "checkpoint": {"config"},
     "optim": {"ops", "module", "schedules"},
-    "decoding": {"ops", "transformer", "cache"},
+    "decoding": {"ops", "transformer", "cache", "answers"},
     "parallel": {"ops", "transformer"},
 }
 HEAVY = ("torch", "rich", "matplotlib", "hypothesis", "safetensors", "torchformer")
@@ -126,13 +127,8 @@ def test_importing_npformer_loads_neither_torch_nor_anything_else_that_is_heavy(
 def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
-    shared = {
-        "config",
-        "compare",
-        "schedules",
-        "allocator",
-        "checkpoint",
-    }  # no numbers, or no model
+    # No numbers, or no model
+    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 

@@ -9,7 +9,7 @@ from npformer.config import TransformerConfig
 from torchformer import masks, ops
 from torchformer.attention import MultiHeadAttention
 from torchformer.decoder import Decoder, DecoderLayer
-from torchformer.decoding import greedy
+from torchformer.decoding import beam_search, greedy, sample
 from torchformer.encoder import Encoder, EncoderLayer
 from torchformer.feedforward import FeedForward
 from torchformer.positional import LearnedPositions, SinusoidalPositions
@@ -26,7 +26,9 @@ __all__ = [
     "SinusoidalPositions",
     "Transformer",
     "TransformerConfig",
+    "beam_search",
     "greedy",
     "masks",
     "ops",
+    "sample",
 ]

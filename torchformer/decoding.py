@@ -1,8 +1,18 @@
-"""From a trained model to an answer: the output grows by one token at a time."""
+"""From a trained model to an answer: the output grows by one token at a time.
+
+    greedy         the most likely token each time
+    beam_search    the most likely answer, as far as a few candidates kept side by side can tell
+    sample         a token by its probability: another answer each time
+
+Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen.  Call
+model.eval() first: dropout is on in training.
+"""
 
 import torch
 from torch import Tensor
 
+from npformer.answers import Hypothesis, check_beams, check_decoding, check_sampling
+from torchformer.cache import Cache
 from torchformer.transformer import Transformer
 
 
@@ -13,20 +23,16 @@ def greedy(
     """The most likely next token, again and again, until `eos_id` or `max_len` tokens.
 
     src (B, S) ids   ->   B lists of ids, without `sos_id` and `eos_id`.  Each sample stops on its
-    own, and those that are done are no longer computed.  Call model.eval() first.
+    own, and those that are done are no longer computed.
     """
-    check_max_len(max_len, model.config.max_len)
-    if model.encoder is None:
-        raise ValueError("greedy: the model is decoder-only, there is no source to decode from")
+    check_decoding(model, max_len)
     answers: list[list[int]] = [[] for _ in src]
     cache = model.start(src)
     running = torch.arange(len(src), device=src.device)  # the samples that have not stopped
     token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
     while len(running) and cache.length < max_len:
-        logits, cache = model.step(token[:, None], cache)  # (B, 1, V)
-        last = logits[:, -1].clone()  # (B, V)
-        last[:, [model.config.tgt_pad_id, sos_id]] = -torch.inf
-        token = last.argmax(dim=-1)  # (B,)
+        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+        token = logits.argmax(dim=-1)  # (B,)
         going_on = token != eos_id
         if not going_on.all():
             running, token, cache = running[going_on], token[going_on], cache.select(going_on)
@@ -35,10 +41,131 @@ def greedy(
     return answers
 
 
-def check_max_len(max_len: int, positions: int) -> None:
-    """Raises ValueError where the start token and `max_len` more do not fit the positions."""
-    if not 1 <= max_len < positions:
-        raise ValueError(
-            f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "
-            "positions, and one is the start token's"
-        )
+@torch.no_grad()
+def beam_search(
+    model: Transformer,
+    src: Tensor,
+    *,
+    max_len: int,
+    num_beams: int = 5,
+    num_return_sequences: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = True,
+    sos_id: int = 1,
+    eos_id: int = 2,
+) -> list[list[Hypothesis]]:
+    """The best answers found by keeping the `num_beams` best beginnings at every length.
+
+    src (B, S) ids   ->   for each sample its `num_return_sequences` best hypotheses, best first
+
+    score = log p(tokens) / n ** length_penalty, with n the tokens chosen, the end among them.  A
+    beginning that ends leaves the beam, which is narrower from then on   [Sutskever et al. 2014,
+    § 3.2]; what `max_len` cuts off counts as it is.  So with one beam this is `greedy`.
+
+    `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
+    what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
+    """
+    check_decoding(model, max_len)
+    check_beams(num_beams, num_return_sequences)
+    B, K, device = len(src), num_beams, src.device
+    found: list[list[Hypothesis]] = [[] for _ in src]
+    rows = torch.arange(B, device=device).repeat_interleave(K)
+    cache = model.start(src).select(rows)  # beams of a sample side by side
+    running = torch.arange(B, device=device)  # the samples that have not stopped
+    tokens = torch.full((B, K, 1), sos_id, device=device)
+    scores = torch.full((B, K), -torch.inf, dtype=torch.float64, device=device)
+    scores[:, 0] = 0
+    while len(running) and cache.length < max_len:
+        logits, cache = next_logits(model, tokens[:, :, -1].flatten(), cache, sos_id)
+        log_p = logits.double().log_softmax(dim=-1)  # (B K, V)
+        V = log_p.shape[-1]
+        # Every beginning, gone on with by every token
+        extended = (scores.reshape(-1, 1) + log_p).reshape(-1, K * V)  # (B, K V)
+        best = torch.argsort(-extended, dim=-1, stable=True)[:, :K]  # (B, K)
+        scores = extended.gather(-1, best)  # (B, K)
+        places = torch.tensor([K - len(found[sample]) for sample in running.tolist()])
+        scores[torch.arange(K, device=device) >= places.to(device)[:, None]] = -torch.inf
+        beam, token = best // V, best % V  # whose continuation, by what   (B, K)
+        tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([tokens, token[:, :, None]], dim=-1)  # (B, K, 1 + length)
+
+        n = tokens.shape[-1] - 1
+        is_end = (token == eos_id) & scores.isfinite()
+        is_cut = scores.isfinite() & (n == max_len)
+        for i, k in (is_end | is_cut).nonzero().tolist():
+            answer = tokens[i, k, 1:].tolist()
+            score = float(scores[i, k]) / n**length_penalty
+            found[running[i]].append(Hypothesis(answer[:-1] if is_end[i, k] else answer, score))
+        scores[is_end] = -torch.inf
+
+        hope = scores.amax(dim=-1)  # (B,)
+        hope /= (max_len if length_penalty > 0 else n + 1) ** length_penalty  # at the very best
+        going_on = hope.isfinite()
+        if early_stopping:
+            for i, sample in enumerate(running.tolist()):
+                top = sorted((h.score for h in found[sample]), reverse=True)
+                if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
+                    going_on[i] = False
+        rows = (torch.arange(len(running), device=device)[:, None] * K + beam)[going_on].flatten()
+        cache, running = cache.select(rows), running[going_on]
+        tokens, scores = tokens[going_on], scores[going_on]
+    best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
+    return [hypotheses[:num_return_sequences] for hypotheses in best_first]
+
+
+@torch.no_grad()
+def sample(
+    model: Transformer,
+    src: Tensor,
+    *,
+    max_len: int,
+    rng: torch.Generator,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sos_id: int = 1,
+    eos_id: int = 2,
+) -> list[list[int]]:
+    """Each token drawn by its probability: softmax(logits / temperature), less the unlikely ones.
+
+    src (B, S) ids   ->   B lists of ids, as `greedy` gives them
+
+    temperature    below 1 the likely become likelier, above 1 all become more alike
+    top_k          only the k most likely tokens; 0: all
+    top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
+    """
+    check_decoding(model, max_len)
+    check_sampling(temperature, top_k, top_p)
+    answers: list[list[int]] = [[] for _ in src]
+    cache = model.start(src)
+    running = torch.arange(len(src), device=src.device)
+    token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
+    while len(running) and cache.length < max_len:
+        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+        p = probabilities(logits.double(), temperature, top_k, top_p)  # (B, V)
+        token = torch.multinomial(p, 1, generator=rng)[:, 0]  # (B,)
+        going_on = token != eos_id
+        running, token, cache = running[going_on], token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            answers[sample].append(chosen)
+    return answers
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """logits (B, V)   ->   p (B, V), 0 for the tokens that `top_k` and then `top_p` leave out."""
+    ranked, order = torch.sort(logits / temperature, dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = -torch.inf
+    p = ranked.softmax(dim=-1)
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # those before it have reached top_p already
+    return torch.empty_like(p).scatter_(-1, order, p / p.sum(dim=-1, keepdim=True))
+
+
+def next_logits(
+    model: Transformer, token: Tensor, cache: Cache, sos_id: int
+) -> tuple[Tensor, Cache]:
+    """What may come after `token` (B,): logits (B, V), in which pad and start are impossible."""
+    logits, cache = model.step(token[:, None], cache)  # (B, 1, V)
+    last = logits[:, -1].clone()  # (B, V)
+    last[:, [model.config.tgt_pad_id, sos_id]] = -torch.inf
+    return last, cache

@@ -92,6 +92,18 @@ def models_and_batches(draw, dtype: Any = np.float64, **options: Any):
     return make_model(config, draw(st.integers(0, 2**32 - 1)), dtype), draw(batches(config))
 
 
+@st.composite
+def sources(draw, config: TransformerConfig, most: int = 4) -> Array:
+    """A ragged batch: from 1 to 6 tokens each, pads on the right.   -> (B, S)"""
+    B, S = draw(st.integers(1, most)), draw(st.integers(1, 6))
+    pad = config.src_pad_id
+    src = draw(token_batches((B, S), config.src_vocab_size)).astype(np.int64)
+    src[src == pad] = (pad + 3) % config.src_vocab_size
+    for row, n in zip(src, draw(st.lists(st.integers(1, S), min_size=B, max_size=B)), strict=True):
+        row[n:] = pad
+    return src
+
+
 def make_model(config: TransformerConfig, seed: int, dtype: Any = np.float64) -> Transformer:
     model = Transformer(config, np.random.default_rng(seed), dtype)
     randomise(model, seed)
