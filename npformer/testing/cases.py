@@ -31,7 +31,7 @@ from npformer.decoder import DecoderLayer
 from npformer.encoder import EncoderLayer
 from npformer.feedforward import FeedForward
 from npformer.module import Module
-from npformer.testing.conformance import GRADIENT, OUTPUT, randomise
+from npformer.testing.conformance import GRADIENT, N_NUDGED, OUTPUT, randomise, stacked
 from npformer.testing.op_cases import OP_CASES, OpCase, in_float64
 from npformer.testing.reference import OPERATIONS, reference
 from npformer.testing.strategies import random_like
@@ -210,12 +210,15 @@ def measured(
     else:
         rng = np.random.default_rng(0)
         peer = reference(op, arrays, options)
-        nudges = {k: compare.nudge(x, rng) if is_float(x) else x for k, x in in_double.items()}
-        nudged = reference(op, nudges, options)
+        nudged = stacked([reference(op, _nudged(in_double, rng), options) for _ in range(N_NUDGED)])
         bounds = {k: compare.peer_bound(peer[k], expected[k], nudged[k], n_summed) for k in outputs}
         oracle = {k: expected[k] for k in gradients}
         bounds |= compare.peer_bounds(peer, oracle, nudged, n_summed)
     return Case(name, level, op, dtype.name, arrays, options, expected, bounds)
+
+
+def _nudged(arrays: Arrays, rng: np.random.Generator) -> Arrays:
+    return {name: compare.nudge(x, rng) if is_float(x) else x for name, x in arrays.items()}
 
 
 def _sizes(rng: np.random.Generator, n: int, largest: int = 7) -> list[int]:
