@@ -35,7 +35,7 @@ def answer_all(folder):
         tensors = load_file(folder / "cases" / f"{entry['name']}.safetensors")
         arrays = {name: tensors[name] for name in entry["arrays"]}
         answer = reference(entry["op"], arrays, entry["options"])
-        answer = {name: np.ascontiguousarray(x) for name, x in answer.items()}
+        answer = {name: np.array(x, order="C") for name, x in answer.items()}
         save_file(answer, folder / "answers" / f"{entry['name']}.safetensors")
 
 
@@ -110,7 +110,7 @@ def test_folders_that_will_not_do_are_refused_in_one_line(tmp_path, capsys):
 
 @pytest.mark.skipif(not shutil.which("node"), reason="there is no node to run JavaScript")
 def test_plain_javascript_goes_through_the_files(tmp_path):
-    exchange.dump(tmp_path, make_cases(("op", "layer"), 6))
+    exchange.dump(tmp_path, make_cases(("op", "layer"), 12))
     done = run("node", str(TESTS / "adapters" / "few_ops.js"), str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = Report(exchange.check(tmp_path))
@@ -172,7 +172,7 @@ def test_the_plugin_makes_a_test_of_every_case(project):
     assert done.returncode == 1
     assert "13 passed" in done.stdout, done.stdout
     assert "1 failed" in done.stdout
-    assert "layer.layer_norm-1 FAILED" in done.stdout
+    assert re.search(r"npformer::layer\.layer_norm-\d FAILED", done.stdout)
     assert re.search(r"d\.bias .*expected the shape", done.stdout)
     assert "Traceback" not in done.stdout
 
@@ -241,8 +241,8 @@ def test_a_bound_that_is_too_narrow_is_a_false_alarm(monkeypatch, capsys):
 
 DOCS = (ROOT / "docs" / "testing-kit.md").read_text()
 OPERATION_ROWS = [
-    row.split(" | ")
-    for row in re.findall(r"^\| (?=(?:op|layer|block|model|decoding)\b)(.*) \|$", DOCS, re.M)
+    [cell.strip() for cell in row.split("|")]
+    for row in re.findall(r"^\|( (?:op|layer|block|model|decoding)\b.*)\|$", DOCS, re.M)
 ]
 
 
@@ -263,7 +263,7 @@ def test_the_docs_name_every_array_option_and_output():
                 stem = name if f"`{name}`" in arrays else f"{name.split('.')[0]}.*"
                 assert f"`{stem}`" in arrays, (case.op, name)
         for name in case.options:
-            assert f"`{name}`" in options or options == "the same", (case.op, name)
+            assert f"`{name}`" in options or options.startswith("the same"), (case.op, name)
         for name in case.expected:
             assert name.startswith("d.") or f"`{name}`" in outputs, (case.op, name)
     assert names == set(OPERATIONS)

@@ -34,7 +34,7 @@ def dump(folder: Path, cases: list[Case]) -> None:
         expected = {f"expected.{name}": x for name, x in case.expected.items()}
         bounds = {f"bound.{name}": _full(case, name) for name in case.expected}
         tensors = {
-            name: np.ascontiguousarray(x) for name, x in (case.arrays | expected | bounds).items()
+            name: np.array(x, order="C") for name, x in (case.arrays | expected | bounds).items()
         }
         save_file(tensors, folder / "cases" / f"{case.name}.safetensors")
     manifest = {"format_version": FORMAT_VERSION, "cases": [_entry(case) for case in cases]}

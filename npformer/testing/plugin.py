@@ -34,7 +34,10 @@ class Kit:
         except (TargetError, ValueError, TypeError) as error:
             raise pytest.UsageError(f"npformer: {error}") from None
         items += [
-            CaseItem.from_parent(session, name=case.name, kit=self, case=case) for case in cases
+            CaseItem.from_parent(
+                session, name=case.name, nodeid=f"npformer::{case.name}", kit=self, case=case
+            )
+            for case in cases
         ]
 
     def pytest_sessionfinish(self) -> None:
@@ -73,7 +76,8 @@ class CaseItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[str, None, str]:
-        return "npformer", None, self.case.name
+        # Not the end of the node id: pytest would replace its dots
+        return "npformer", None, f"{self.case.name} (npformer)"
 
 
 class Different(Exception):
