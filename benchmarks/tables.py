@@ -20,7 +20,7 @@ of the README, between its <!-- benchmarks:NAME --> marks, and the plots (needs 
 
   python -m benchmarks.tables --readme
 """
-BENCHMARKS = "training", "decoding", "ops", "startup", "memory", "sweep", "roofline", "gpu"
+BENCHMARKS = "training", "decoding", "ops", "startup", "memory", "sweep", "roofline", "g2p", "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 FUSED, COMPILED, JAX = f"{TORCH}, fused Adam", f"{TORCH}, compiled", "JAX, jit"
@@ -172,8 +172,8 @@ def summarise_others(result: Result) -> str:
 
 def note(result: Result) -> str:
     about, runs = result.environment, result.runs
-    threads = runs[0].measurements[0].threads
-    rounds = len(runs[0].measurements[0].samples)
+    first = next(m for run in runs for m in run.measurements)
+    threads, rounds = first.threads, len(first.samples)
     versions = [f"{p} {about[p]}" for p in ("numpy", "torch", "jax") if p in about]
     return (
         f"<sub>{result.created[:10]}, {about['cpu']}, {threads} "
@@ -189,6 +189,7 @@ SUMMARIES = {
     "decoding": summarise_decoding,
     "startup": summarise_others,
     "memory": summarise_others,
+    "g2p": summarise_others,
 }
 
 

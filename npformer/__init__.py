@@ -22,6 +22,8 @@ Letters
 `torchformer` is the same, file for file, in PyTorch.
 """
 
+from typing import Any
+
 from npformer import masks, ops, schedules
 from npformer.attention import MultiHeadAttention
 from npformer.config import TransformerConfig
@@ -67,3 +69,12 @@ __all__ = [
     "sample",
     "schedules",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`npformer.pronounce`, without loading a dictionary for those who do not ask."""
+    if name == "pronounce":
+        from npformer.pronunciation import pronounce
+
+        return pronounce
+    raise AttributeError(f"module 'npformer' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: `npformer demo | train | check | predict`, also as `python -m npformer`."""
+"""The command line: `npformer demo | train | check | predict | export | pronounce`."""
 
 import argparse
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import npformer
-from npformer import presets, tasks, training
+from npformer import checkpoint, presets, tasks, training
 from npformer.allocator import keep_freed_memory
 from npformer.checkpoint import CheckpointError, blame
 from npformer.decoding import greedy
-from npformer.plot import draw_history
+from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
 from npformer.tasks.task import make_batch
 from npformer.transformer import Transformer
@@ -120,7 +120,44 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--backend", choices=("numpy", "torch"), default="numpy")
     predict.set_defaults(run=run_predict)
 
-    for command in (demo, train, check, predict):
+    export = commands.add_parser(
+        "export",
+        help="a trained model as a folder that needs NumPy alone, with a certificate",
+        description="Write the best checkpoint of a run, without what only training needs, to a "
+        "new folder.  certificate.json says how far the twins agree on it (logits, loss, "
+        "gradients, the answers to held-out inputs), and how well it does on all of them.",
+    )
+    export.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the weights on disk (default float32); they are computed with in float32",
+    )
+    export.set_defaults(run=run_export)
+
+    pronounce = commands.add_parser(
+        "pronounce",
+        help="how English words are pronounced",
+        description="ARPAbet of each word given or, without any, of each line of standard input, "
+        "as it comes: from the CMU dictionary, or for words that it does not have from the model "
+        "in this package.  An input that is no word gives one line on standard error and nothing "
+        "else, and in the end exit code 1.",
+    )
+    add = pronounce.add_argument
+    add("words", nargs="*", metavar="WORD")
+    add("--nbest", type=_positive, default=1, metavar="N", help="so many ways to say it (1)")
+    add("--beam", type=_positive, default=5, metavar="K", help="width of the search (5); 1: greedy")
+    add("--model", action="store_true", help="ask the model for words in the dictionary as well")
+    add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
+    add("--stress", action="store_true", help="with stress: 1 primary, 2 secondary, 0 none")
+    add("--ipa", action="store_true", help="in the letters of the IPA")
+    add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
+    add("--json", action="store_true", help="print one JSON object a word and nothing else")
+    pronounce.set_defaults(run=run_pronounce)
+
+    for command in (demo, train, check, predict, export):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
     return top
 
@@ -249,8 +286,7 @@ def run_train(options: argparse.Namespace) -> int:
         )
         if drawn:
             say(f"Loss curve: {folder / 'loss.png'}")
-        example = "hypothesis" if task.name == "g2p" else "31524"
-        say(f"Next: npformer predict {folder} {example}    npformer check {folder}")
+        say(f"Next: npformer predict {folder} {_example(task)}    npformer check {folder}")
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
@@ -263,8 +299,7 @@ def run_check(options: argparse.Namespace) -> int:
     _need_torch("check compares NumPy with PyTorch")
     model, task = _load(options.folder)
     result = _compare(model, task, task.test()[:200], say)
-    example = "hypothesis" if task.name == "g2p" else "31524"
-    say(f"Next: npformer predict {options.folder} {example}")
+    say(f"Next: npformer predict {options.folder} {_example(task)}")
     say(result["verdict"])
     if options.json:
         print(json.dumps(result, indent=2))
@@ -289,6 +324,102 @@ def run_predict(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(results, indent=2))
     return 2 if failed else 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    say = _quiet if options.json else print
+    _need_torch("the certificate compares NumPy with PyTorch")
+    out = Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already: name a new folder")
+    model, task = _load(options.folder)
+    for parameter in model.parameters():
+        parameter.data[...] = parameter.data.astype(options.dtype)
+    test = task.test()
+    say(f"Weights in {options.dtype}: are the twins one function on them?")
+    agreement = _compare(model, task, test[:200], say)
+    if not agreement["agree"]:
+        say(agreement["verdict"])
+        return 1
+    say(f"Scoring all {len(test):,} held-out inputs ...")
+    scores = training.score(lambda sources, _: _answers("numpy", model, sources, task), task, test)
+    certificate = {
+        **agreement,
+        "weights": options.dtype,
+        "device": "cpu",
+        "versions": training.versions(),
+        "test_examples": len(test),
+        **scores,
+    }
+    run = training.load_run(options.folder) | {"data": task.provenance()}
+    checkpoint.save(
+        out, model.config, {k: x.astype(options.dtype) for k, x in model.state_dict().items()}
+    )
+    checkpoint.save_json(out / training.RUN, run)
+    checkpoint.save_json(out / "certificate.json", certificate)
+    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    say(f"Held-out test data: {_percentages(scores)}")
+    say(f"{out}: {size:.2f} MB.  Next: npformer predict {out} {_example(task)}")
+    say(agreement["verdict"])
+    if options.json:
+        print(json.dumps(certificate, indent=2))
+    return 0
+
+
+def run_pronounce(options: argparse.Namespace) -> int:
+    from npformer import pronunciation
+
+    wanted = {name: getattr(options, name) for name in ("nbest", "beam", "model", "stress")}
+    voice = pronunciation.Pronouncer.load(options.weights or pronunciation.SHIPPED)
+    if options.plot:
+        return _plot_alignment(voice, options.words, options.plot)
+    if options.words:
+        chunks: Any = [options.words]
+    else:
+        if sys.stdin.isatty():
+            print("A word a line; Ctrl-D ends.", file=sys.stderr)
+        chunks = pronunciation.arriving(sys.stdin.buffer)
+    n, refused = 0, False
+    for words in chunks:
+        for word, answer in zip(words, voice.answer(words, **wanted), strict=True):
+            n += 1
+            if isinstance(answer, ValueError):
+                refused = True
+                print(f"npformer pronounce: input {n}: {answer}", file=sys.stderr)
+                if options.json:
+                    print(json.dumps({"word": word, "error": str(answer)}, ensure_ascii=False))
+            elif options.json:
+                print(json.dumps(_as_json(answer), ensure_ascii=False))
+            else:
+                _print_pronunciation(answer, options.ipa)
+        sys.stdout.flush()
+    return 1 if refused else 0
+
+
+def _print_pronunciation(answer: Any, ipa: bool) -> None:
+    """As in the dictionary: word, word(2), word(3) are the ways to say it, best first."""
+    for i, way in enumerate((answer, *answer.others), 1):
+        entry = answer.word.strip() if i == 1 else f"{answer.word.strip()}({i})"
+        print(f"{entry}  {way.ipa if ipa else way}")
+
+
+def _as_json(answer: Any) -> dict[str, Any]:
+    about = {"word": answer.word, "phones": str(answer), "ipa": answer.ipa}
+    about |= {"source": answer.source, "score": answer.score}
+    if answer.others:
+        ways = answer.others
+        about["others"] = [{"phones": str(w), "ipa": w.ipa, "score": w.score} for w in ways]
+    return about
+
+
+def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
+    if len(words) != 1:
+        raise ValueError(f"--plot draws one word, got {len(words)}")
+    alignment = voice.align(words[0])
+    if not draw_alignment(alignment, file):
+        raise MissingError("--plot needs matplotlib: pip install 'npformer[plot]'")
+    print(f"{words[0]}  {' '.join(alignment.phones[:-1])}  -> {file}")
+    return 0
 
 
 # --- What they share --------------------------------------------------------------------------
@@ -339,6 +470,10 @@ def _answers(backend: str, model: Transformer, sources: list[list[int]], task: T
     twin = to_torch(model).eval()
     src = torch.from_numpy(pad(sources))
     return torchformer.greedy(twin, src, max_len=task.max_tgt_len, sos_id=SOS, eos_id=EOS)
+
+
+def _example(task: Task) -> str:
+    return "hypothesis" if task.name.startswith("g2p") else "31524"
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:
@@ -453,8 +588,10 @@ class _Lines(_Quiet):
         self.last = entry
 
     def evaluation(self, entry, is_best):
-        scores = {k: v for k, v in entry.items() if k not in ("step", "seconds")}
+        scores = {k: v for k, v in entry.items() if k not in ("step", "seconds", "averaged")}
         mark = "  (best so far)" if is_best else ""
+        if n := entry.get("averaged"):
+            mark = f"  (the last {n} weights averaged){mark}"
         print(
             f"   step {entry['step']:>6}  {entry['seconds']:6.0f} s  loss {self.last['loss']:.3f}  "
             f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}",

@@ -45,3 +45,27 @@ def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         smooth.append(mean / weight)
     return smooth
+
+
+def draw_alignment(alignment: Any, path: str | Path) -> bool:
+    """Letters along, sounds down, as dark as the attention.  False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    letters, phones, weights = alignment
+    figure = Figure(
+        figsize=(1.6 + 0.42 * len(letters), 1.3 + 0.36 * len(phones)), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(letters)), letters, fontsize=13)
+    axes.set_yticks(range(len(phones)), phones, fontsize=11)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.set_xlabel("letters: what is attended to")
+    axes.set_ylabel("sounds: who attends")
+    for edge in axes.spines.values():
+        edge.set_visible(False)
+    figure.savefig(path, dpi=150)
+    return True

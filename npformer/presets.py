@@ -83,12 +83,12 @@ G2P: dict[str, Settings] = {
 
 
 def names(task_name: str) -> list[str]:
-    return list(G2P if task_name == "g2p" else DIGITS)
+    return list(G2P if task_name.startswith("g2p") else DIGITS)
 
 
 def settings(task: Task, preset: str = "default", file: str | Path | None = None) -> Settings:
     """The settings of a preset, with those of a TOML file ([model], [recipe]) laid over them."""
-    presets = G2P if task.name == "g2p" else DIGITS
+    presets = G2P if task.name.startswith("g2p") else DIGITS
     if preset not in presets:
         raise ValueError(f"{task.name} has no preset {preset!r}, there are: {', '.join(presets)}")
     chosen = {part: dict(values) for part, values in presets[preset].items()}

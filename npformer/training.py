@@ -19,6 +19,7 @@ import math
 import platform
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -229,7 +230,7 @@ def run(
     def evaluate(**about) -> bool:
         """Score the weights as they are; save them if they are the best so far."""
         entry = {"step": progress.step, "seconds": session.seconds()}
-        entry |= score(trainer, task, dev)
+        entry |= score(trainer.answer, task, dev)
         entry |= about
         is_best = task.better(entry[task.metric], progress.best)
         if is_best:
@@ -301,7 +302,7 @@ def run(
     _, best = checkpoint.load(folder)
     trainer.load_weights(best)
     test = _spread(task.test(), test_examples) if test_examples else task.test()
-    scores = score(trainer, task, test)
+    scores = score(trainer.answer, task, test)
     results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
     checkpoint.save_json(folder / RUN, about | {"results": results | scores})
     checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores})
@@ -326,13 +327,20 @@ def _average(folder: Path) -> dict[str, Array]:
     return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
-def score(trainer, task: Task, examples: Sequence[Example]) -> dict[str, float]:
-    """Greedy answers to the examples, scored by the task.  Similar lengths go together."""
+def score(
+    decode: Callable[[list[list[int]], int], list[list[int]]],
+    task: Task,
+    examples: Sequence[Example],
+) -> dict[str, float]:
+    """The answers of `decode` (sources, max_len) to the examples, scored by the task.
+
+    Similar lengths go together, 256 at once.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].src))
     answers: list[list[int]] = [[] for _ in examples]
     for start in range(0, len(order), 256):
         part = order[start : start + 256]
-        found = trainer.answer([examples[i].src for i in part], task.max_tgt_len)
+        found = decode([examples[i].src for i in part], task.max_tgt_len)
         for i, answer in zip(part, found, strict=True):
             answers[i] = answer
     return task.score(examples, answers)
@@ -429,4 +437,5 @@ def versions() -> dict[str, str]:
         "npformer": npformer.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
+        **({"torch": sys.modules["torch"].__version__} if "torch" in sys.modules else {}),
     }

@@ -12,7 +12,7 @@ import importlib
 
 from npformer.tasks.task import EOS, PAD, SOS, Batch, Example, Task, Vocabulary, pad
 
-NAMES = ("sort", "reverse", "repeats", "permutation", "digits", "g2p")
+NAMES = ("sort", "reverse", "repeats", "permutation", "digits", "g2p", "g2p-stress")
 
 __all__ = [
     "EOS",
@@ -32,5 +32,7 @@ def load(name: str) -> Task:
     """The task of that name.  Raises ValueError for an unknown one."""
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}, there are: {', '.join(NAMES)}")
-    module = importlib.import_module(f"npformer.tasks.{'g2p' if name == 'g2p' else 'digits'}")
+    module = importlib.import_module(
+        f"npformer.tasks.{'g2p' if name.startswith('g2p') else 'digits'}"
+    )
     return module.make(name)

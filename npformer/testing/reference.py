@@ -123,9 +123,16 @@ def _load(module: Module, a: Arrays) -> list[Parameter]:
     order: list[Parameter] = []
 
     class Noting(Parameter):
-        def __setattr__(self, name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-            order.append(self)  # parameter.grad += ... also assigns
+        """Backward reads `grad`, to add to it."""
+
+        @property
+        def grad(self) -> Array:
+            order.append(self)
+            return self.__dict__["grad"]
+
+        @grad.setter
+        def grad(self, value: Array) -> None:
+            self.__dict__["grad"] = value
 
     for name, parameter in module.named_parameters():
         parameter.data[...] = a[name]

@@ -154,10 +154,14 @@ def masks(draw, leading: Shape, T: int, S: int) -> Array | None:
 
 @st.composite
 def token_batches(draw, shape: Shape, vocab_size: int, pad_id: int | None = None) -> Array:
-    """Ids of any integer type, repeated, with pads anywhere.   -> shape"""
+    """Ids of any integer type, repeated, with pads anywhere, but never all of them.   -> shape"""
     dtype = draw(st.sampled_from([t for t in INTEGERS if np.iinfo(t).max >= vocab_size]))
     alphabet = draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=3))
     if pad_id is not None:
         alphabet = [pad_id, *alphabet]
     ids = draw(hnp.arrays(dtype, shape, elements=st.sampled_from(alphabet)))
+    if pad_id is not None and ids.size > 1:
+        somewhere = draw(st.integers(1, ids.size - 1))
+        ids.flat[somewhere] = pad_id
+        ids.flat[somewhere - 1] = (pad_id + draw(st.integers(1, vocab_size))) % vocab_size
     return draw(layouts(ids))
