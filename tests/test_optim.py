@@ -10,10 +10,10 @@ from hypothesis import given, target
 from hypothesis import strategies as st
 
 import npformer
-from npformer import SGD, Adam, AdamW, Parameter, clip_grad_norm, optim
+from npformer import SGD, Adam, AdamW, Parameter, clip_grad_norm, optim, schedules, tasks
 from npformer.compare import assert_close
 from npformer.testing.conformance import GRADIENT
-from npformer.testing.models import batches, configs, make_model, numpy_step, torch_step
+from npformer.testing.models import Batch, batches, configs, make_model, numpy_step, torch_step
 from npformer.testing.strategies import seeds
 from torchformer.convert import to_torch
 
@@ -201,6 +201,38 @@ def test_ten_steps_of_a_model_are_those_of_its_twin(data, seed):
     bound = 10 * 1e-2 * amplified * GRADIENT * min(largest, 1.0)
     for name, p in model.named_parameters():
         assert_close(name, p.data, dict(twin.named_parameters())[name].detach().numpy(), bound)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_twenty_steps_of_training_end_at_the_same_weights(kind, norm_first):
+    """As one trains: other batches each time, a schedule, clipping, the usual eps."""
+    task = tasks.load("sort")
+    sizes = {"d_model": 32, "n_heads": 4, "d_ff": 64, "n_encoder_layers": 2, "n_decoder_layers": 2}
+    config = npformer.TransformerConfig(13, 13, **sizes, norm_first=norm_first, activation="gelu")
+    model = npformer.Transformer(config, np.random.default_rng(0), np.float64)
+    twin = to_torch(model)
+    settings = {"momentum": 0.9} if kind == "SGD" else {"betas": (0.9, 0.98), "eps": 1e-9}
+    schedule = schedules.cosine(3e-2 if kind == "SGD" else 3e-3, warmup=4, total=20)
+    ours = getattr(optim, kind)(model.parameters(), schedule, **settings)
+    theirs = getattr(torch.optim, kind)(twin.parameters(), lr=1.0, **settings)
+    losses = []
+    for step in range(1, 21):
+        batch = Batch(*task.batch(step, 16, seed=0), {}, label_smoothing=0.1)
+        found, expected = numpy_step(model, batch), torch_step(twin, batch)
+        for name, p in twin.named_parameters():
+            p.grad = torch.tensor(expected[name])
+        norm = clip_grad_norm(model.parameters(), 1.0)
+        torch_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        assert_close("norm", np.asarray(norm), torch_norm.numpy(), 1e-10 * norm)
+        theirs.param_groups[0]["lr"] = schedule(step)
+        ours.step()
+        theirs.step()
+        assert_close(f"loss {step}", found["loss"], expected["loss"], 1e-10)
+        losses.append(float(found["loss"]))
+    assert losses[-1] < losses[0]
+    for name, p in twin.named_parameters():
+        assert_close(name, dict(model.named_parameters())[name].data, p.detach().numpy(), 1e-10)
 
 
 def test_a_table_that_is_tied_and_shared_is_moved_once():
