@@ -1,5 +1,11 @@
-"""Training: the twin of npformer.training.Trainer, with the same methods, for the same loop."""
+"""Training: the twin of npformer.training.Trainer, with the same methods, for the same loop.
 
+On several devices, and on several machines, as a program of its own:
+
+    torchrun --nproc-per-node 2 -m torchformer.training g2p --parallel ddp
+"""
+
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -92,3 +98,9 @@ class _Batches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         return self.task.batch(step, self.size, self.seed)
+
+
+if __name__ == "__main__":
+    from torchformer.parallel import main  # here: torch's engines take a second to import
+
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Two processes are one: every gradient is the single process's, and the NumPy twin's.
+
+The processes talk by gloo, on the CPU, in float64; where a GPU is, the same code talks by nccl.
+"""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import npformer
+import torchformer
+from npformer import tasks
+from npformer.testing.models import Batch as ModelBatch
+from npformer.testing.models import make_model, numpy_step
+from torchformer.convert import to_torch
+
+ROOT = Path(__file__).parent.parent
+ENGINES = ("ddp", "fsdp", "tp")
+SIZES = {"d_model": 16, "n_heads": 4, "d_ff": 24, "n_encoder_layers": 2, "n_decoder_layers": 2}
+NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("embedding", "attention", "activation", "sublayer")}
+CONFIG = npformer.TransformerConfig(13, 13, **SIZES, **NO_DROPOUT, activation="gelu")
+SMOOTHING, RATE, CLIP = 0.1, 1e-2, 0.5
+BOUND = 1e-12
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def batch_of(step):
+    return tasks.load("sort").batch(step, 6, seed=0)  # ragged: the ranks have unequal targets
+
+
+def rank_main(rank, world, port, folder, n_steps, connection):
+    """One process: some steps by each engine in turn; from rank 0, what they came to."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    from torchformer import parallel
+
+    with parallel.group("cpu") as mesh:
+        found = {engine: train(engine, mesh, folder / engine, n_steps) for engine in ENGINES}
+        if rank == 0:
+            connection.send(found)
+
+
+def train(engine, mesh, folder, n_steps):
+    """Steps from where the folder is; gradients and loss of the first, weights and norm after."""
+    from torchformer import parallel
+
+    spread = parallel.spread(to_torch(make_model(CONFIG, 0)), engine, mesh)
+    parameters = dict(spread.named_parameters())
+    optimizer = torch.optim.Adam(parameters.values(), lr=RATE, foreach=False)
+    first = 1
+    if folder.exists():
+        first = 1 + parallel.load(folder, spread, optimizer)
+    gradients = {}
+    for step in range(first, first + n_steps):
+        src, tgt = (torch.as_tensor(ids) for ids in parallel.part_of(batch_of(step), engine))
+        logits = spread(src, tgt[:, :-1])
+        loss = parallel.loss_of(logits, tgt[:, 1:], engine, 0, SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == first:
+            gradients = {
+                name.removeprefix("module."): parallel.whole(p.grad).numpy().copy()
+                for name, p in parameters.items()
+            }
+            gradients["loss"] = np.array(parallel.mean_loss(loss, engine))
+        norm = parallel.clip_grad_norm(list(parameters.values()), CLIP)
+        optimizer.step()
+        if step == 1:
+            first_norm = float(norm)
+    parallel.save(folder, spread, optimizer, first + n_steps - 1)
+    weights = parallel.full_weights(spread)
+    return gradients, weights, first_norm if first == 1 else float(norm)
+
+
+def run(world, folder, n_steps):
+    """What rank 0 sends; fails where a rank has failed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (world, free_port(), folder, n_steps, theirs)
+    ranks = [context.Process(target=rank_main, args=(r, *arguments)) for r in range(world)]
+    for process in ranks:
+        process.start()
+    theirs.close()
+    try:
+        found = ours.recv() if ours.poll(60) else None
+    except EOFError:
+        found = None
+    for process in ranks:
+        process.join(20)
+        process.kill()
+    ours.close()
+    assert found is not None, [process.exitcode for process in ranks]
+    return found
+
+
+@pytest.fixture(scope="module")
+def phases(tmp_path_factory):
+    """Two ranks make two steps, one rank goes on for two, two ranks for a last one."""
+    folder = tmp_path_factory.mktemp("shards")
+    return [run(2, folder, 2), run(1, folder, 2), run(2, folder, 1)]
+
+
+def single(steps):
+    """The same steps by one process: the first gradients, the last weights and the last norm."""
+    model = to_torch(make_model(CONFIG, 0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, foreach=False)
+    first = {}
+    for step in range(1, steps + 1):
+        src, tgt = (torch.as_tensor(ids) for ids in batch_of(step))
+        loss = torch.nn.functional.cross_entropy(
+            model(src, tgt[:, :-1]).mT, tgt[:, 1:], ignore_index=0, label_smoothing=SMOOTHING
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 1:
+            first = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+            first["loss"] = np.array(loss.item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+    return first, {k: x.numpy() for k, x in model.state_dict().items()}, float(norm)
+
+
+def assert_same(found, expected, bound=BOUND):
+    assert found.keys() == expected.keys()
+    scale = max(float(np.abs(x).max()) for x in expected.values())
+    for name, x in expected.items():
+        np.testing.assert_allclose(found[name], x, rtol=0, atol=bound * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_have_the_gradients_of_one_process_and_of_numpy(engine, phases):
+    found, _, norm = phases[0][engine]
+    expected, _, expected_norm = single(1)
+    assert_same(found, expected)
+    assert norm == pytest.approx(expected_norm, rel=1e-12)
+    batch = ModelBatch(*batch_of(1), {}, SMOOTHING)
+    ours = numpy_step(make_model(CONFIG, 0), batch)
+    ours.pop("logits")
+    assert_same(found, ours)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_on_two_ranks_then_one_then_two_are_the_steps_of_one_process(engine, phases):
+    for (_, weights, _), steps in zip([phase[engine] for phase in phases], (2, 4, 5), strict=True):
+        assert_same(weights, single(steps)[1], 1e-9)  # Adam divides by the gradient's own size
+
+
+def torchrun(*arguments, ranks=2, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port()), "-m", "torchformer.training", *arguments]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+def small(tmp_path):
+    file = tmp_path / "small.toml"
+    file.write_text(
+        "[model]\nd_model = 16\nn_heads = 2\nd_ff = 16\nn_encoder_layers = 1\n"
+        "n_decoder_layers = 1\n[recipe]\nbatch_size = 8\n"
+    )
+    return str(file)
+
+
+def test_torchrun_trains_saves_resumes_and_both_twins_read_it_fsdp(tmp_path):
+    out = str(tmp_path / "run")
+    common = ["sort", "--parallel", "fsdp", "--device", "cpu", "--config", small(tmp_path)]
+    done = torchrun(*common, "--steps", "3", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "fsdp on 2 x cpu: sort, steps 1 to 3" in done.stdout
+    again = torchrun(*common, "--steps", "3", "--out", out)
+    assert again.returncode != 0
+    assert "holds a run: --resume" in again.stderr
+    more = torchrun(*common, "--steps", "5", "--out", out, "--resume", ranks=1)
+    assert more.returncode == 0, more.stderr
+    assert "steps 4 to 5" in more.stdout
+    model, twin = npformer.Transformer.load(out), torchformer.Transformer.load(out)
+    src, tgt = np.array([[5, 4]]), np.array([[1, 4]])
+    theirs = twin.infer(torch.tensor(src), torch.tensor(tgt)).numpy()
+    np.testing.assert_allclose(model.infer(src, tgt), theirs, atol=1e-5)
+
+
+def test_ranks_that_do_not_divide_the_heads_are_refused_in_one_line_tp(tmp_path):
+    done = torchrun(
+        "sort", "--parallel", "tp", "--device", "cpu", "--config", small(tmp_path), ranks=3
+    )
+    assert done.returncode != 0
+    assert "--parallel tp: 3 ranks do not divide n_heads=2" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_others_ddp(tmp_path):
+    """By torchrun, in less than the time limit: the other rank waits for gradients."""
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, torch\nfrom torchformer import parallel\n"
+        "with parallel.group('cpu') as mesh:\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        raise SystemExit('rank 1 has had enough')\n"
+        "    torch.distributed.barrier()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "--master-port", str(free_port()), str(script)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0
+    assert "rank 1 has had enough" in done.stderr
