@@ -1,0 +1,73 @@
+"""The fast decoder is the one that people read: the same tokens."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import npformer
+from npformer.testing.models import configs, make_model, sources
+from npformer.testing.strategies import seeds
+from torchformer import decoding, fast
+from torchformer.convert import to_torch
+
+IDS = {"src_pad_id": 0, "tgt_pad_id": 0, "share_embeddings": False}
+CONFIG = npformer.TransformerConfig(9, 9, d_model=8, n_heads=2, d_ff=12, max_len=6)
+
+
+@given(st.data(), st.integers(1, 10), st.integers(1, 4), seeds)
+def test_fast_and_plain_decoding_choose_the_same_tokens(data, max_len, look_every, seed):
+    config = data.draw(configs(encoder=True, **IDS))
+    model, src = make_model(config, seed), torch.tensor(data.draw(sources(config)))
+    for p in model.parameters():  # wider apart, so that answers differ and end
+        p.data *= 1.5
+    twin = to_torch(model).eval()
+    expected = decoding.greedy(twin, src, max_len=max_len)
+    assert fast.greedy(twin, src, max_len=max_len, look_every=look_every) == expected
+
+
+@given(st.data(), st.integers(1, 5), st.integers(1, 6), seeds)
+def test_a_decoder_only_model_continues_a_prompt(data, P, n_tokens, seed):
+    config = data.draw(configs(encoder=False, tgt_pad_id=0, share_embeddings=False))
+    twin = to_torch(make_model(config, seed)).eval()
+    rng = np.random.default_rng(seed)
+    prompt = torch.tensor(rng.integers(0, config.tgt_vocab_size, (3, P)))  # pads among them
+    prompt[:, 0] = 1
+    tokens = fast.continued(twin, prompt, n_tokens, never=[0])
+    read = prompt
+    for i in range(n_tokens):  # by the definition: everything again for each token
+        logits = twin.infer(None, read)[:, -1].clone()
+        logits[:, 0] = -torch.inf
+        chosen = logits.argmax(dim=-1)
+        assert torch.equal(tokens[:, i], chosen)
+        read = torch.cat([read, chosen[:, None]], dim=1)
+
+
+def test_a_source_of_pads_alone_is_decoded_as_plainly():
+    twin = to_torch(make_model(CONFIG, 3)).eval()
+    src = torch.tensor([[3, 4, 5], [0, 0, 0]])
+    assert fast.greedy(twin, src, max_len=5) == decoding.greedy(twin, src, max_len=5)
+
+
+@settings(max_examples=1)
+@given(seeds)
+def test_the_compiled_step_is_the_step(seed):
+    """By the backend that changes nothing but the tracing: no graph break, no Python left in it."""
+    twin = to_torch(make_model(CONFIG, seed % 100)).eval()
+    src = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    with torch.no_grad():
+        logits, cache = twin.step(torch.full((2, 1), 1), twin.start(src))
+        decoder = fast.StaticDecoder(twin, cache, 5, [0, 1])
+        token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)
+        traced = torch.compile(decoder.step, fullgraph=True, backend="eager", dynamic=False)
+        again = traced(token, decoder.position, 5)
+        assert torch.equal(decoder.step(token, decoder.position, 5), again)
+
+
+def test_refuses():
+    twin = to_torch(make_model(CONFIG, 0)).eval()
+    with pytest.raises(ValueError, match="max_len must be 1 to 5, got 6"):
+        fast.greedy(twin, torch.tensor([[3]]), max_len=6)
+    with pytest.raises(ValueError, match="max_len must be 1 to 5, got 6"):
+        fast.continued(twin, torch.tensor([[1, 3, 4]]), 4, src=torch.tensor([[3]]))

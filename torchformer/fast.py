@@ -1,0 +1,207 @@
+"""Greedy decoding with nothing but fixed shapes, so that it can be compiled and replayed.
+
+decoding.py is the form to read: its cache grows, and those samples that are done leave the batch.
+Each of that is another shape for the GPU, and a question that the CPU has to ask it.  Here
+
+    the cache has room for the whole answer from the start, and is written in place
+    the position is a tensor, and what lies after it is masked
+    q, k and v are one product, of weights laid together beforehand
+    everybody decodes to the end; who has ended is looked at every few tokens
+
+and on CUDA one step is one graph, launched at once.  The tokens are those of decoding.greedy.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from npformer.answers import check_decoding, check_max_len
+from torchformer.attention import MultiHeadAttention
+from torchformer.cache import Cache, around
+from torchformer.transformer import Transformer
+
+
+@torch.no_grad()
+def greedy(
+    model: Transformer,
+    src: Tensor,
+    *,
+    max_len: int,
+    sos_id: int = 1,
+    eos_id: int = 2,
+    look_every: int = 8,
+    compiled: bool | None = None,
+) -> list[list[int]]:
+    """As decoding.greedy: the most likely next token until `eos_id` or `max_len` tokens.
+
+    look_every   tokens between two looks whether everybody has ended: each look is a wait
+    compiled     torch.compile the step; by default on CUDA
+    """
+    check_decoding(model, max_len)
+    prompt = torch.full((len(src), 1), sos_id, device=src.device)
+    chosen = continued(
+        model,
+        prompt,
+        max_len,
+        src=src,
+        never=[model.config.tgt_pad_id, sos_id],
+        eos_id=eos_id,
+        look_every=look_every,
+        compiled=compiled,
+    )
+    return [up_to(row, eos_id) for row in chosen.tolist()]
+
+
+@torch.no_grad()
+def continued(
+    model: Transformer,
+    prompt: Tensor,
+    n_tokens: int,
+    *,
+    src: Tensor | None = None,
+    never: list[int] | None = None,
+    eos_id: int | None = None,
+    look_every: int = 8,
+    compiled: bool | None = None,
+) -> Tensor:
+    """The `n_tokens` most likely tokens after `prompt`, one after the other.
+
+    prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B, n_tokens)
+
+    never    tokens that are not chosen
+    eos_id   once every sample has chosen it, the rest is left as `eos_id`; None: nobody ends
+    """
+    check_max_len(prompt.shape[1] + n_tokens - 1, model.config.max_len)
+    B, P = prompt.shape
+    logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
+    decoder = StaticDecoder(model, cache, P + n_tokens, never or [])
+    step: Callable[[Tensor, Tensor, int], Tensor] = decoder.step
+    is_compiled = prompt.is_cuda if compiled is None else compiled
+    if is_compiled:
+        step = torch.compile(step, fullgraph=True, mode="reduce-overhead", dynamic=False)
+    tokens = torch.full((B, n_tokens), 0 if eos_id is None else eos_id, device=prompt.device)
+    token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)  # (B,)
+    for i in range(n_tokens):
+        tokens[:, i] = token
+        if i + 1 == n_tokens:
+            break
+        is_look = eos_id is not None and i % look_every == look_every - 1
+        if is_look and (tokens[:, : i + 1] == eos_id).any(dim=1).all():
+            break
+        # One graph needs one shape: all of the room.  Without, what is not there yet is left out
+        n_seen = P + n_tokens if is_compiled else P + i + 1
+        token = step(token, decoder.position, n_seen).clone()  # a graph's output is written over
+        decoder.position += 1
+    return tokens
+
+
+def up_to(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+
+
+class StaticDecoder:
+    """A model and the caches of one batch, from which `step` makes the next token."""
+
+    def __init__(self, model: Transformer, cache: Cache, room: int, never: list[int]):
+        device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
+        self.model, self.room = model, room
+        self.position = torch.tensor([cache.length], device=device)  # of the next token
+        self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=dtype, device=device)
+        self.forbidden[never] = -torch.inf
+        positions: Any = model.tgt_positions
+        table = positions.table if hasattr(positions, "table") else positions.weight
+        self.positions = table[:room].to(dtype)  # (room, C)
+        # A pad in the prompt stays masked; what is decoded here is attended to
+        assert cache.tgt_mask is not None  # the prompt has been read
+        B = len(cache.tgt_mask)
+        self.known = torch.ones((B, 1, 1, room), dtype=torch.bool, device=device)
+        self.known[..., : cache.length] = cache.tgt_mask
+        self.places = torch.arange(room, device=device)
+        self.memory_open = self.has_memory = None
+        if cache.memory_mask is not None:
+            some = cache.memory_mask.any(dim=-1, keepdim=True)  # (B, 1, 1, 1)
+            self.memory_open = cache.memory_mask | ~some
+            self.has_memory = None if bool(some.all()) else some
+        self.layers = [
+            StaticLayer(layer, held, room)
+            for layer, held in zip(model.decoder.layers, cache.layers, strict=True)
+        ]
+
+    def step(self, token: Tensor, position: Tensor, n_seen: int) -> Tensor:
+        """token (B,) at `position` (1,) < n_seen   ->   the most likely next token (B,)"""
+        model = self.model
+        scale = math.sqrt(model.config.d_model) if model.config.scale_embedding else 1.0
+        x = model.tgt_embedding(token) * scale + self.positions[position]  # (B, C)
+        visible = (self.known & (self.places <= position))[..., :n_seen]  # (B, 1, 1, n_seen)
+        for layer in self.layers:
+            x = layer.step(x, position, visible, self.memory_open, self.has_memory)
+        y = model.decoder.norm(x) if model.decoder.norm else x
+        logits = F.linear(y, model.tgt_embedding.weight) if model.head is None else model.head(y)
+        return (logits + self.forbidden).argmax(dim=-1)
+
+
+class StaticLayer:
+    """One decoder layer with its keys and values (B, H, room, D), written in place."""
+
+    def __init__(self, layer: Any, held: Any, room: int):
+        self.layer = layer
+        self.qkv = laid_together(layer.self_attn)
+        self.keys, self.values = (self._room(x, room) for x in (held.own.keys, held.own.values))
+        self.memory = held.memory
+
+    @staticmethod
+    def _room(x: Tensor, room: int) -> Tensor:
+        B, H, S, D = x.shape
+        larger = x.new_zeros((B, H, room, D))
+        larger[:, :, :S] = x
+        return larger
+
+    def step(
+        self,
+        x: Tensor,
+        position: Tensor,
+        visible: Tensor,
+        memory_open: Tensor | None,
+        has_memory: Tensor | None,
+    ) -> Tensor:
+        """x (B, C)   ->   y (B, C), as the layer makes it of the one new position."""
+        layer = self.layer
+        B, C = x.shape
+
+        def look_back(x: Tensor) -> Tensor:
+            heads = self.qkv(x).view(B, 3, -1, 1, layer.self_attn.d_head)
+            q, k, v = heads.unbind(1)  # (B, H, 1, D)
+            self.keys.index_copy_(2, position, k)
+            self.values.index_copy_(2, position, v)
+            n_seen = visible.shape[-1]
+            keys, values = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+            return layer.self_attn.out_proj(y.reshape(B, C))
+
+        def ask_memory(x: Tensor) -> Tensor:
+            attention = layer.cross_attn
+            q = attention.q_proj(x).view(B, -1, 1, attention.d_head)  # (B, H, 1, D)
+            keys, values = self.memory.keys, self.memory.values
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=memory_open)
+            if has_memory is not None:
+                y = torch.where(has_memory, y, 0)
+            return attention.out_proj(y.reshape(B, C))
+
+        norms = [layer.norm1, layer.norm2]
+        x = around(look_back, x, norms[0], layer.norm_first)
+        if self.memory is not None:
+            x = around(ask_memory, x, norms[1], layer.norm_first)
+            norms.append(layer.norm3)
+        return around(layer.feed_forward, x, norms[-1], layer.norm_first)
+
+
+def laid_together(attention: MultiHeadAttention) -> Callable[[Tensor], Tensor]:
+    """x (..., C)   ->   q, k, v side by side (..., 3 C), by one product."""
+    parts: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
+    weight = torch.cat([part.weight for part in parts])
+    bias = torch.cat([part.bias for part in parts])
+    return lambda x: F.linear(x, weight, bias)
