@@ -155,6 +155,7 @@ class TorchStep(Step):
             import torchformer
 
             self.model = torchformer.Transformer(problem.config)
+            self.model.right_padded = True  # as the trainer says
             weights = problem.weights
         if weights:
             self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})

@@ -471,3 +471,27 @@ def test_the_twin_refuses_unknown_ids_on_the_cpu():
     model = torchformer.Transformer(CONFIG, np.random.default_rng(0))
     with pytest.raises(IndexError, match="out of range"):
         model(torch.tensor([[1, 11]]), torch.tensor([[1]]))
+
+
+# --- Shortcuts of the torch twin ----------------------------------------------------------------
+
+
+@given(st.data(), seeds)
+def test_causal_alone_hides_pads_at_the_end(data, seed):
+    """`right_padded`: logits at the tokens, the loss and every gradient are what they were."""
+    config = data.draw(configs())
+    model = make_model(config, seed)
+    batch = data.draw(batches(config, pads=False, given_masks=False))
+    tgt = batch.tgt.astype(np.int64)
+    B, T = tgt.shape[0], tgt.shape[1] - 1
+    lengths = data.draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
+    for row, n in zip(tgt, lengths, strict=True):
+        row[n + 1 :] = config.tgt_pad_id
+    batch = batch._replace(tgt=tgt)
+    twin = to_torch(model)
+    plain = torch_step(twin, batch)
+    twin.right_padded = True
+    short = torch_step(twin, batch)
+    is_token = tgt[:, :-1] != config.tgt_pad_id
+    plain["logits"], short["logits"] = plain["logits"][is_token], short["logits"][is_token]
+    assert_same_step("right_padded", short, plain)

@@ -4,8 +4,12 @@ The twin of npformer/masks.py.  F.scaled_dot_product_attention means the same by
 `torch.nn.MultiheadAttention` means the opposite.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+CAUSAL: Any = "causal"  # causal_mask(T), which a kernel knows without reading it; and nothing else
 
 
 def padding_mask(ids: Tensor, pad_id: int) -> Tensor:

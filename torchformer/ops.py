@@ -5,11 +5,20 @@ Everything else of npformer/ops.py has its twin in PyTorch itself.  Autograd doe
 Shapes  B batch, T query positions, S key positions, C model width, H heads, D = C / H.
 """
 
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Mask = Tensor | None  # boolean; True means "may attend"
+from torchformer.masks import CAUSAL, causal_mask
+
+Mask = Any  # a boolean Tensor, True means "may attend"; masks.CAUSAL; or None
+
+# cuDNN is left out: with masks it has given wrong numbers on Hopper.
+FOR_MASKS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
@@ -23,9 +32,11 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
     scores = q @ k.mT * scale  # (..., T, S)
     if mask is None:
         return scores.softmax(dim=-1)
+    if mask is CAUSAL:
+        mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
     check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
-    open_mask, has_key = _open_dead_rows(mask)
-    weights = scores.masked_fill(~open_mask, -torch.inf).softmax(dim=-1)
+    has_key = mask.any(dim=-1, keepdim=True)  # (..., T, 1)
+    weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(dim=-1)
     return weights * has_key
 
 
@@ -36,24 +47,19 @@ def attention(
 
     q (..., T, D)   k (..., S, D)   v (..., S, E)   mask -> (..., T, S)   ->   y (..., T, E)
 
-    `p` is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has
-    to reach the weights, which the kernels never write down: then they are made explicitly.
+    A query with nothing to attend to gets 0, as all these kernels have it since PyTorch 2.5.  `p`
+    is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has to
+    reach the weights, which the kernels never write down: then they are made explicitly.
     """
     if rng is not None:
         weights = attention_weights(q, k, mask)  # (..., T, S)
         return dropout(weights, p, True, rng) @ v
-    if mask is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+    if mask is None or mask is CAUSAL:
+        is_causal = mask is CAUSAL
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
     check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
-    open_mask, has_key = _open_dead_rows(mask)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=open_mask, dropout_p=p)
-    return torch.where(has_key, y, 0)
-
-
-def _open_dead_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A row without any key gives NaN in some kernels: open it, and let the caller zero it."""
-    has_key = mask.any(dim=-1, keepdim=True)  # (..., T, 1)
-    return mask | ~has_key, has_key
+    with sdpa_kernel(FOR_MASKS) if mask.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
 
 
 def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:

@@ -254,6 +254,7 @@ def _train(options: argparse.Namespace, mesh: Any) -> None:
     folder = options.out or Path("runs") / f"{task.name}-parallel"
     is_first = dist.get_rank() == 0
     model = Transformer(config, np.random.default_rng(options.seed), device=options.device)
+    model.right_padded = True  # as all tasks pad
     # Each rank has its own part of the batch, and drops its own entries; under tp all have one
     torch.manual_seed(options.seed + (0 if options.parallel == "tp" else dist.get_rank()))
     spread_model = spread(model, options.parallel, mesh)

@@ -28,6 +28,7 @@ class Trainer:
     def __init__(self, config: TransformerConfig, recipe, seed: int = 0, device: str = "cpu"):
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
+        self.model.right_padded = True  # as all tasks pad
         torch.manual_seed(seed)  # of dropout
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True

@@ -25,7 +25,7 @@ from torchformer import ops
 from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
-from torchformer.masks import causal_mask, padding_mask
+from torchformer.masks import CAUSAL, causal_mask, padding_mask
 from torchformer.ops import Mask
 from torchformer.positional import LearnedPositions, SinusoidalPositions
 
@@ -41,7 +41,13 @@ class Transformer(nn.Module):
 
     `rng` is a NumPy generator and draws the initial weights: the same seed gives both twins the
     same model.
+
+    Set `right_padded` where the targets' pads all stand at the end: the causal mask then hides them
+    from every token by itself, and goes to kernels that know it without reading it.  Logits at the
+    tokens and all gradients of a loss that ignores pads are the same.
     """
+
+    right_padded = False
 
     src_embedding: Any  # None where the target's is shared, or there is no encoder
     src_positions: Any  # None where there is no encoder, like the encoder itself
@@ -157,9 +163,12 @@ class Transformer(nn.Module):
         rng=None,
     ) -> Tensor:
         """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)"""
-        causal = causal_mask(tgt.shape[1], device=tgt.device)
-        mask = padding_mask(tgt, self.config.tgt_pad_id) & causal
-        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, T)
+        if self.right_padded and tgt_mask is None:
+            mask = CAUSAL  # a token sees none of the pads, which all come after it
+        else:
+            causal = causal_mask(tgt.shape[1], device=tgt.device)
+            mask = padding_mask(tgt, self.config.tgt_pad_id) & causal
+            mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, T)
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
         if memory is None:
             y = self.decoder(x, mask, rng)  # (B, T, C)
