@@ -3,6 +3,7 @@
     pip install mutmut
     python tests/mutation.py                 400 mutants, a sample that a seed fixes
     python tests/mutation.py --all           all of them: some hours
+    python tests/mutation.py --again         the survivors once more, with new tests
     python tests/mutation.py --show          the survivors of what has been run, as diffs
 
 mutmut makes the mutants of ops.py, attention.py, masks.py, encoder.py, decoder.py and optim.py,
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every mutant, not a sample")
     parser.add_argument("--sample", type=int, default=400, metavar="N", help="so many (400)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (0)")
+    parser.add_argument("--again", action="store_true", help="first run the survivors once more")
     parser.add_argument("--show", action="store_true", help="run nothing, show the survivors")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), metavar="N")
     options = parser.parse_args()
@@ -46,9 +48,17 @@ def main() -> int:
     names = sorted(results())
     if not options.all:
         names = sorted(random.Random(options.seed).sample(names, min(options.sample, len(names))))
+    if options.again:
+        run_in_parts([n for n in names if results()[n] not in KILLED], options.processes)
     while not options.show and (left := [n for n in names if results()[n] is None]):
-        mutmut("run", "--max-children", str(options.processes), *left[:50])
+        run_in_parts(left, options.processes)
     return report(names, options.show)
+
+
+def run_in_parts(names: list[str], processes: int | None) -> None:
+    """So that what is done is kept, whenever one stops."""
+    for i in range(0, len(names), 50):
+        mutmut("run", "--max-children", str(processes or 1), *names[i : i + 50])
 
 
 def results() -> dict[str, int | None]:

@@ -148,6 +148,7 @@ def bad_call(**changes):
     [
         ({"query": np.ones((3, 6), np.float32)}, ValueError, r"query must be .*\(3, 6\).* x\[None"),
         ({"value": np.ones((1, 2, 3, 6), np.float32)}, ValueError, r"value must be \(B, T or S, C"),
+        ({"key": np.ones((3, 6), np.float32)}, ValueError, r"key must be \(B, T or S, C"),
         (
             {"key": np.ones((2, 3, 5), np.float32)},
             ValueError,

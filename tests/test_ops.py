@@ -337,6 +337,17 @@ def test_cross_entropy_ignores_all_of_an_ignored_row(bad):
     np.testing.assert_array_equal(backward(1.0), expected_gradient)
 
 
+def test_an_ignored_target_need_not_be_a_class():
+    """-100 is torch's own default."""
+    logits, targets = normal(3, 4), np.array([1, -100, 2])
+    loss, backward = ops.cross_entropy(logits, targets, ignore_index=-100)
+    expected, backward_kept = ops.cross_entropy(logits[[0, 2]], targets[[0, 2]])
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(backward(1.0)[[0, 2]], backward_kept(1.0), rtol=1e-6)
+    with pytest.raises(ValueError, match="id -100 is not in the vocabulary"):
+        ops.cross_entropy(logits, targets)
+
+
 def test_cross_entropy_of_certainty():
     logits, targets = np.array([[1e4, 0.0, -1e4]], np.float32), np.array([0])
     assert ops.cross_entropy(logits, targets)[0] == 0

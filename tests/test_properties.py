@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import npformer
 from npformer import ops
+from npformer.attention import MultiHeadAttention
+from npformer.decoder import DecoderLayer
 from npformer.encoder import Encoder, EncoderLayer
 from npformer.masks import causal_mask, padding_mask
 from npformer.testing.conformance import randomise
@@ -186,6 +188,33 @@ def test_a_causal_encoder_has_no_gradient_from_earlier_to_later(S, seed, data):
     dy = normal(seed + 1, 2, S, 8)
     dy[:, t + 1 :] = 0  # only the outputs up to t are asked
     assert not backward(dy)[:, t + 1 :].any()
+
+
+@pytest.mark.parametrize("Layer", [EncoderLayer, DecoderLayer])
+def test_a_layer_of_which_nothing_is_said_is_the_papers(Layer):
+    """Post-norm, relu, and without a probability nothing is dropped, rng or no rng."""
+    rng = np.random.default_rng(0)
+    layer = randomise(Layer(8, 2, 12, rng=rng, dtype=np.float64), 0)
+    said = Layer(8, 2, 12, activation="relu", norm_first=False, eps=1e-5, rng=rng, dtype=np.float64)
+    said.load_state_dict(layer.state_dict())
+    inputs = [normal(1, 2, 3, 8), normal(2, 2, 4, 8)][: 1 + (Layer is DecoderLayer)]
+    y, _ = layer(*inputs)
+    np.testing.assert_array_equal(y, said(*inputs)[0])
+    np.testing.assert_array_equal(y, layer(*inputs, rng=np.random.default_rng(3))[0])
+    assert layer.self_attn(*[inputs[0]] * 3, rng=rng)[0].any()
+    assert MultiHeadAttention(8, 2, rng=rng).dropout == 0
+
+
+@pytest.mark.parametrize("n_caches", [1, 3])
+@pytest.mark.parametrize("encoder_layers", [0, 1], ids=["decoder-only", "encoder-decoder"])
+def test_a_cache_is_of_as_many_layers_as_the_stack(encoder_layers, n_caches):
+    sizes = {"d_model": 8, "n_heads": 2, "d_ff": 12, "n_decoder_layers": 2}
+    config = npformer.TransformerConfig(9, 9, **sizes, n_encoder_layers=encoder_layers)
+    model, ids = make_model(config, 0), np.array([[3, 4]])
+    cache = model.start(ids if encoder_layers else None)
+    cache = cache._replace(layers=(cache.layers * 2)[:n_caches])
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is (shorter|longer)"):
+        model.step(ids, cache)
 
 
 # --- Whole models -----------------------------------------------------------------------------
