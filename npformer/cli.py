@@ -96,6 +96,14 @@ def parser() -> argparse.ArgumentParser:
         help="processor cores to use.  numpy: threads that share each batch, with BLAS at one "
         "(default: no such threads, BLAS as it likes); torch: its own (default all)",
     )
+    train.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="for --backend torch: bfloat16 by autocast (default float32)",
+    )
+    train.add_argument(
+        "--compile", action="store_true", help="for --backend torch: torch.compile each layer"
+    )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
     train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     train.set_defaults(run=run_train)
@@ -227,8 +235,9 @@ def run_train(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     if options.resume:
         folder, about = Path(options.resume), training.load_run(options.resume)
-        about.setdefault("threads", None)  # a run of an earlier version
-        for name in ("task", "backend", "seed", "threads"):
+        earlier = {"threads": None, "precision": "float32", "compile": False}
+        about = earlier | about  # of an earlier version
+        for name in ("task", "backend", "seed", "threads", "precision"):
             if getattr(options, name) not in (None, about[name]):
                 raise ValueError(f"the run in {folder} has {name} {about[name]}")
         if options.preset or options.config or options.out:
@@ -249,7 +258,8 @@ def run_train(options: argparse.Namespace) -> int:
         if (folder / training.RUN).exists():
             raise ValueError(f"{folder} holds a run: --resume {folder}, or give another --out")
         about = {"preset": options.preset or "default", "config": config.to_json()}
-        about |= {"threads": threads}
+        about |= {"threads": threads, "precision": options.precision or "float32"}
+        about |= {"compile": options.compile}
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}")
     if options.steps:
@@ -257,7 +267,8 @@ def run_train(options: argparse.Namespace) -> int:
     elif options.minutes:
         recipe = replace(recipe, steps=10**9)
     keep_freed_memory()
-    trainer = _trainer(backend, config, recipe, seed, options.device, threads)
+    engine = (options.device, about["precision"], about["compile"])
+    trainer = _trainer(backend, config, recipe, seed, threads, engine)
     say(
         f"Training {task.name} with {backend}: {config.n_encoder_layers}+{config.n_decoder_layers} "
         f"layers, d_model {config.d_model}, {_count(trainer.weights())} parameters -> {folder}"
@@ -501,8 +512,11 @@ def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], 
             yield str(raw), [], f"input {i}: {error}"
 
 
-def _trainer(backend: str, config, recipe, seed: int, device: str, threads: int | None):
+def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
+    device, precision, compiled = engine
     if backend == "numpy":
+        if precision != "float32" or compiled:
+            raise ValueError("--precision and --compile need --backend torch")
         if device == "cuda":
             raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
         try:
@@ -520,7 +534,7 @@ def _trainer(backend: str, config, recipe, seed: int, device: str, threads: int 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads:
         torch.set_num_threads(threads)
-    return torchformer.training.Trainer(config, recipe, seed, device)
+    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled)
 
 
 def _need_torch(what: str) -> None:

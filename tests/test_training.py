@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 import npformer
@@ -165,3 +166,65 @@ def test_g2p_split_and_scores():
     assert 0 < scores["phoneme_error_rate"] <= 50 / (sum(map(len, right)) - 50)
     every = np.concatenate([task.batch(s, 4096, 0).src[:, 0] for s in range(1, 30)])
     assert len(every) == len(task._pairs())  # an epoch is every pair once
+
+
+# --- How the torch twin computes ------------------------------------------------------------------
+
+
+def test_bfloat16_trains_nearly_as_float32_and_keeps_float32_weights():
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    config = replace(config, **presets.NO_DROPOUT, activation="gelu")
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = torchformer.training.Trainer(config, recipe, 3, precision=precision)
+        losses[precision] = [trainer.step(task.batch(i, 8, seed=3), 1e-3) for i in range(1, 11)]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]  # it has made a difference
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.02)  # of 2^-8 each
+
+
+def test_a_precision_that_there_is_not_is_refused():
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    with pytest.raises(ValueError, match="precision must be float32 or bfloat16, got 'float8'"):
+        torchformer.training.Trainer(config, recipe, precision="float8")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracer looks at it itself
+def test_compiled_layers_take_the_same_steps(monkeypatch):
+    """By the backend that only traces: a graph break would be an error."""
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    config = replace(config, **presets.NO_DROPOUT)
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: compile_layer(self, **options, backend="eager"),
+    )
+    plain = torchformer.training.Trainer(config, recipe, 3)
+    compiled = torchformer.training.Trainer(config, recipe, 3, compiled=True)
+    for i in range(1, 4):
+        batch = task.batch(i, 8, seed=3)
+        assert compiled.step(batch, 1e-3) == pytest.approx(plain.step(batch, 1e-3), rel=1e-5)
+
+
+def test_out_of_memory_says_the_batch_that_would_fit(monkeypatch):
+    task = tasks.load("sort")
+    config, recipe = small(task)
+    trainer = torchformer.training.Trainer(config, recipe, 3)
+    forward = trainer.model.forward
+
+    def limited(src, tgt, *args):
+        if len(src) > room["for"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(src, tgt, *args)
+
+    room = {"for": 5}
+    monkeypatch.setattr(trainer.model, "forward", limited)
+    with pytest.raises(ValueError, match="out of memory with a batch of 8; 4 would fit"):
+        trainer.step(task.batch(1, 8, seed=3), 1e-3)
+    room["for"] = 0
+    with pytest.raises(ValueError, match="and with one of 1: a smaller model"):
+        trainer.step(task.batch(1, 8, seed=3), 1e-3)

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from npformer.config import TransformerConfig
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
+from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
+from torchformer.encoder import EncoderLayer
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -25,9 +28,29 @@ class Trainer:
 
     backend = "torch"
 
-    def __init__(self, config: TransformerConfig, recipe, seed: int = 0, device: str = "cpu"):
+    def __init__(
+        self,
+        config: TransformerConfig,
+        recipe,
+        seed: int = 0,
+        device: str = "cpu",
+        precision: str = "float32",
+        compiled: bool = False,
+    ):
+        """How it is computed is the trainer's business, not the model's:
+
+        precision   "bfloat16": products and attention in bfloat16 by torch.autocast; parameters,
+                    norms, softmax and loss stay float32
+        compiled    torch.compile, layer by layer
+        """
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
+        self.precision = check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
+        if compiled:
+            for layer in self.model.modules():
+                if isinstance(layer, EncoderLayer | DecoderLayer):
+                    layer.compile(fullgraph=True)
+        self.losses = LateNumber(self.device)
         self.model.right_padded = True  # as all tasks pad
         torch.manual_seed(seed)  # of dropout
         self.optimizer = torch.optim.Adam(
@@ -36,19 +59,55 @@ class Trainer:
 
     def step(self, batch: Batch, rate: float) -> float:
         """One update of the weights; returns the loss, in nats per target token."""
-        model, recipe = self.model.train(), self.recipe
-        src, tgt = (torch.as_tensor(ids).to(self.device) for ids in batch)
-        logits = model(src, tgt[:, :-1])
-        loss = F.cross_entropy(
-            logits.mT, tgt[:, 1:], ignore_index=PAD, label_smoothing=recipe.label_smoothing
-        )
+        self.model.train()
         self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        try:
+            loss = self.add_gradients(batch)
+        except torch.OutOfMemoryError:
+            loss = None
+        if loss is None:  # outside the except clause, which holds on to the activations
+            raise ValueError(self._what_would_fit(batch))
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        return loss.item()
+        return self.losses.next(loss)
+
+    def add_gradients(self, batch: Batch) -> Tensor:
+        """Forward and backward; returns the loss, which may not have been computed yet."""
+        src, tgt = (self._on_device(ids) for ids in batch)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            logits = self.model(src, tgt[:, :-1])
+        loss = F.cross_entropy(
+            logits.float().mT,
+            tgt[:, 1:],
+            ignore_index=PAD,
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        loss.backward()
+        return loss.detach()
+
+    def _on_device(self, ids: np.ndarray) -> Tensor:
+        x = torch.as_tensor(ids)
+        # From pinned memory the copy goes on beside the computation
+        return x.pin_memory().to(self.device, non_blocking=True) if self._is_cuda else x
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _what_would_fit(self, batch: Batch) -> str:
+        """The error after an out-of-memory: halves the batch until a step of it does fit."""
+        n = B = len(batch.tgt)
+        while n > 1:
+            n //= 2
+            self.optimizer.zero_grad()
+            try:
+                self.add_gradients(Batch(batch.src[:n], batch.tgt[:n]))
+            except torch.OutOfMemoryError:
+                continue
+            return f"out of memory with a batch of {B}; {n} would fit (batch_size = {n})"
+        return f"out of memory with a batch of {B}, and with one of 1: a smaller model is needed"
 
     def batches(self, task: Task, first_step: int, seed: int) -> Iterator[Batch]:
         steps = range(first_step, 2**31)
@@ -89,6 +148,37 @@ class Trainer:
                 state.setdefault(int(i), {})[name] = torch.from_numpy(x)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class LateNumber:
+    """Numbers from the device without waiting for it: on CUDA each is that of the step before.
+
+    To ask for this step's loss would be to wait until it is computed, with the GPU idle until the
+    next batch arrives.  On the CPU there is nothing to wait for.
+    """
+
+    def __init__(self, device: torch.device):
+        self.is_late = device.type == "cuda"
+        self.waiting: tuple[Tensor, Any] | None = None
+
+    def next(self, x: Tensor) -> float:
+        if not self.is_late:
+            return x.item()
+        host = torch.empty((), dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        before, self.waiting = self.waiting or (host, copied), (host, copied)
+        before[1].synchronize()
+        return before[0].item()
+
+
+def check_precision(precision: str, device: torch.device) -> str:
+    """Raises ValueError for one that there is not, or that the device does not have."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
+    if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"{torch.cuda.get_device_name(device)} does not have bfloat16")
+    return precision
 
 
 class _Batches(Dataset):
