@@ -281,3 +281,61 @@ def test_the_whole_set_names_only_commands_that_exist():
 def test_the_weights_of_a_problem_hide_nothing():
     weights = Problem(TINY, 0.1, clip=True).weights
     assert all(np.ptp(w) > 0 for w in weights.values())
+
+
+# --- The GPU's, on a CPU ----------------------------------------------------------------------
+
+
+def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path):
+    """All sections but those that compile, on toy sizes: the code, not the figures."""
+    sections = "ceilings,parity,decoding,attention,ladder,crossover"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--budget", "10"]
+    done = subprocess.run(
+        [*command, "--only", sections, "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert list(found["results"]) == sections.split(",")
+    assert "host" not in json.dumps(found["environment"]).lower()
+    for name, row in found["results"]["parity"].items():
+        bound = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2}[name.split(", ")[1]]
+        assert row["finite"]
+        assert row["gradients"] < bound, name
+    assert all(row["gradient_error"] < 1e-5 for row in found["results"]["ladder"])
+    report = (tmp_path / "report.md").read_text()
+    assert all(f"## {name}" in report for name in sections.split(","))
+    pytest.importorskip("matplotlib")
+    assert (tmp_path / "crossover.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "cuda"], "torch finds no CUDA device here"),
+        (["--device", "cpu", "--only", "banana"], "unknown section 'banana'"),
+    ],
+)
+def test_the_gpu_benchmark_refuses_in_one_line(arguments, said, tmp_path, capsys):
+    import torch
+
+    from benchmarks import gpu
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--out", str(tmp_path), *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_section_that_does_not_fit_is_skipped_and_says_so(tmp_path, capsys):
+    from benchmarks import gpu
+
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "crossover"]
+    assert gpu.main([*arguments, "--budget", "0"]) == 0
+    assert "skipped: 0 s were left of 0" in capsys.readouterr().out

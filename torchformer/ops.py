@@ -79,7 +79,7 @@ def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask"
             "if 1 means 'may attend', mask == 0 if it means the opposite or if the mask is additive"
         )
     aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
-    if mask.ndim > len(shape) or any(m not in (1, n) for m, n in aligned):
+    if mask.ndim > len(shape) or any(m != 1 and m != n for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"
         raise ValueError(
             f"{op}: {name} of shape {tuple(mask.shape)} does not broadcast to {letters} = {shape}; "
