@@ -430,6 +430,8 @@ REFUSED = {
         ValueError,
         r"leading axes \(2,\) and \(5,\) do not broadcast",
     ),
+    "dot of a list": (lambda: ops.dot([1.0], x[0]), TypeError, "dot: a must be a NumPy array"),
+    "dot with a list": (lambda: ops.dot(x[0], [1.0]), TypeError, "dot: b must be a NumPy array"),
     "dot 2-D": (lambda: ops.dot(x, x), ValueError, "dot: a must be 1-D and b 1-D.*matmul takes"),
     "mv 1-D": (lambda: ops.mv(x[0], x[0]), ValueError, "mv: a must be 2-D and b 1-D.*matmul"),
     "mm 3-D": (lambda: ops.mm(q[0], x), ValueError, "mm: a must be 2-D and b 2-D.*matmul takes"),
