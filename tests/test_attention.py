@@ -161,7 +161,7 @@ def bad_call(**changes):
         (
             {"mask": np.triu(np.full((3, 3), -np.inf), 1)},
             TypeError,
-            r"an additive mask .*: pass mask == 0",
+            r"float64, an additive mask \(0 and very negative numbers\): pass mask == 0",
         ),
         ({"mask": np.full((3, 4), True)}, ValueError, r"\(3, 4\) does not broadcast to \(B, H, T"),
         ({"mask": np.full((2, 3), True)}, ValueError, r"a padding mask is \(B, 1, 1, S\)"),
