@@ -72,9 +72,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`npformer.pronounce`, without loading a dictionary for those who do not ask."""
+    """`npformer.pronounce` and `npformer.trace`, loaded for those who ask."""
     if name == "pronounce":
         from npformer.pronunciation import pronounce
 
         return pronounce
+    if name == "trace":
+        from npformer.tracing import trace
+
+        return trace
     raise AttributeError(f"module 'npformer' has no attribute {name!r}")

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import npformer
 from npformer import checkpoint, presets, tasks, training
 from npformer.allocator import keep_freed_memory
@@ -164,6 +166,38 @@ def parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
     add("--json", action="store_true", help="print one JSON object a word and nothing else")
     pronounce.set_defaults(run=run_pronounce)
+
+    trace = commands.add_parser(
+        "trace",
+        help="every tensor of one step, forward and backward, with its formula",
+        description="Run the model on the input, with its own answer as the target, and list every "
+        "named intermediate: name, shape, size of the numbers, where in the source it is made.",
+    )
+    trace.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    trace.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
+    trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
+    trace.set_defaults(run=run_trace)
+
+    diff = commands.add_parser(
+        "diff",
+        help="the first tensor in which two traces differ",
+        description="Compare two traces, forward and then backward.  Exit code 1 if they differ.",
+    )
+    diff.add_argument("a", metavar="A", help="a folder by `npformer trace --out`, or any program's")
+    diff.add_argument("b", metavar="B", help="the one that is right")
+    diff.add_argument("--bound", type=_positive_float, help="of the error (1e-10; float32: 1e-3)")
+    diff.set_defaults(run=run_diff)
+
+    attention = commands.add_parser(
+        "attention",
+        help="a picture of the attention weights of every layer and head",
+        description="Draw who attends to whom while the model answers, tokens on the axes.",
+    )
+    attention.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    attention.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    attention.add_argument("--out", default="attention.png", metavar="FILE.png")
+    attention.set_defaults(run=run_attention)
 
     for command in (demo, train, check, predict, export):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
@@ -433,6 +467,45 @@ def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
     return 0
 
 
+def run_trace(options: argparse.Namespace) -> int:
+    seen, _, _ = _traced(options.folder, options.input)
+    listed = [entry for entry in seen if options.match in entry.name]
+    widths = [max((len(e.name) for e in listed), default=0)]
+    for entry in listed:
+        top = float(np.abs(entry.value).max(initial=0))
+        shape = f"{entry.letters or ''} {entry.shape}".strip()
+        print(f"{entry.name:<{widths[0]}}  {shape:<30} max {top:<9.3g} {entry.file}:{entry.line}")
+        print(f"{'':<{widths[0]}}    {entry.formula}")
+    print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
+    if options.out:
+        seen.save(options.out)
+        print(f"Saved: {options.out}    compare with another: npformer diff {options.out} OTHER")
+    return 0
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    from npformer.tracing import Trace, difference
+
+    found = difference(Trace.load(options.a), Trace.load(options.b), options.bound)
+    if found is None:
+        print("no difference: every tensor that both have is the same within the bound")
+        return 0
+    how = "created here" if found.created else "something before it is not in both traces"
+    print(f"first difference, in {found.phase}: {found.name}  ({how}; {found.at})")
+    print(found.report)
+    return 1
+
+
+def run_attention(options: argparse.Namespace) -> int:
+    from npformer.plot import draw_attention
+
+    seen, sources, targets = _traced(options.folder, options.input)
+    if not draw_attention(seen, sources, targets, options.out):
+        raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
+    print(f"{options.input} -> {' '.join(targets[1:])}    {options.out}")
+    return 0
+
+
 # --- What they share --------------------------------------------------------------------------
 
 
@@ -485,6 +558,19 @@ def _answers(backend: str, model: Transformer, sources: list[list[int]], task: T
 
 def _example(task: Task) -> str:
     return "hypothesis" if task.name.startswith("g2p") else "31524"
+
+
+def _traced(folder: str, text: str) -> tuple[Any, list[str], list[str]]:
+    """The trace of the model's answer to one input; the source's tokens, and those it read."""
+    from npformer.tracing import trace
+
+    model, task = _load(folder)
+    ids = task.parse(text)
+    (answer,) = _answers("numpy", model, [ids], task)
+    batch = make_batch([(ids, answer)])
+    seen = trace(model, batch.src, batch.tgt_in, target=batch.tgt_out)
+    source, target = task.src_vocabulary.decode(ids), task.tgt_vocabulary.decode(answer)
+    return seen, source, ["start", *target]
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:

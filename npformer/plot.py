@@ -69,3 +69,40 @@ def draw_alignment(alignment: Any, path: str | Path) -> bool:
         edge.set_visible(False)
     figure.savefig(path, dpi=150)
     return True
+
+
+def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str | Path) -> bool:
+    """Every layer's heads as small pictures: queries down, keys along.  False without matplotlib.
+
+    `trace` is of one sample; `sources` and `targets` are the tokens that were read.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    shown = [
+        entry
+        for entry in trace
+        if entry.phase == "forward"
+        and entry.name.endswith("_attn.weights")
+        and entry.value.ndim == 4
+    ]
+    n_heads = max(entry.value.shape[1] for entry in shown)
+    size = 0.9 + 0.17 * max(len(sources), len(targets))
+    figure = Figure(figsize=(1.5 + size * n_heads, size * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), n_heads, squeeze=False)
+    for row, entry in zip(grid, shown, strict=True):
+        queries = sources if entry.name.startswith("encoder") else targets
+        keys = targets if entry.name.startswith("decoder") and "self" in entry.name else sources
+        for head, axes in enumerate(row):
+            axes.imshow(entry.value[0, head], cmap="Blues", vmin=0, vmax=1)
+            axes.set_xticks(range(len(keys)), keys, fontsize=6)
+            axes.set_yticks(range(len(queries)), queries, fontsize=6)
+            axes.xaxis.tick_top()
+            axes.tick_params(length=0, pad=1)
+            if head == 0:
+                axes.set_ylabel(entry.name.removesuffix(".weights"), fontsize=6)
+            if row is grid[0]:
+                axes.set_title(f"head {head}", fontsize=8)
+    figure.savefig(path, dpi=130)
+    return True

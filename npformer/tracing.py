@@ -1,0 +1,355 @@
+"""Every named intermediate of one step, forward and backward, of your model on your input.
+
+    seen = trace(model, src, tgt_in, target=tgt_out)
+    seen["encoder.layers.0.self_attn.scores"].value
+    for entry in seen: print(entry.name, entry.shape, entry.formula, entry.file, entry.line)
+
+Nothing is written down for it: the interpreter's profiling hook reads the named locals of the ops
+and modules as they return.  So the code that people read has no line for it, and it costs nothing
+when nobody looks.  In backward, `dx` is the gradient of `x`, in the same place.
+
+On disk a trace is a folder that any program can write:
+
+    trace.safetensors    the arrays, called 000000, 000001, ... in the order in which they came
+    trace.json           {"format_version": 1, "about": {...}, "entries": [{"name", "phase",
+                         "shape", "dtype", "formula", "file", "line"}, ...]}, in the same order
+"""
+
+import ast
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import numpy as np
+
+from npformer import checkpoint, compare
+from npformer.module import Module
+from npformer.ops import Array, cross_entropy
+from npformer.transformer import Transformer
+
+PACKAGE = Path(__file__).parent
+READ = ("ops", "layers", "attention", "feedforward", "positional", "encoder", "decoder")
+READ += ("transformer",)
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array, where it was made and how."""
+
+    name: str  # "encoder.layers.0.self_attn.scores"; in backward "....dscores"
+    phase: str  # "forward" or "backward"
+    value: Array
+    letters: str  # "(B, H, T, S)", from the comment at the end of the line; "" where there is none
+    formula: str  # the line of source that made it
+    file: str  # "npformer/ops.py"
+    line: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.value.shape
+
+    @property
+    def dtype(self) -> str:
+        return str(self.value.dtype)
+
+
+class Trace:
+    """The entries of a step, in the order in which they came."""
+
+    def __init__(self, entries: list[Entry], about: dict[str, Any] | None = None):
+        self.entries, self.about = entries, about or {}
+        self._by_name: dict[str, Entry] = {}
+        for entry in entries:
+            self._by_name.setdefault(entry.name, entry)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._by_name
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._by_name:
+            close = [known for known in self._by_name if name.split(".")[-1] in known][:3]
+            hint = f"; there are {', '.join(close)}" if close else ""
+            raise KeyError(f"the trace has no {name}{hint}")
+        return self._by_name[name]
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        arrays = {f"{i:06}": entry.value for i, entry in enumerate(self.entries)}
+        described = []
+        for entry in self.entries:
+            about = asdict(entry) | {"shape": list(entry.shape), "dtype": entry.dtype}
+            about.pop("value")
+            described.append(about)
+        content = {"format_version": FORMAT_VERSION, "about": self.about, "entries": described}
+        checkpoint.save_tensors(folder / "trace.safetensors", arrays, {})
+        checkpoint.save_json(folder / "trace.json", content)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Trace":
+        """Raises CheckpointError for a folder that is no trace."""
+        path = Path(folder) / "trace.json"
+        content = checkpoint.load_json(path)
+        with checkpoint.blame(path):
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"format_version is {content['format_version']!r}, not 1")
+            arrays, _ = checkpoint.load_tensors(Path(folder) / "trace.safetensors")
+            if len(arrays) != len(content["entries"]):
+                raise ValueError(f"{len(content['entries'])} entries, but {len(arrays)} arrays")
+            entries = [
+                Entry(
+                    e["name"],
+                    e["phase"],
+                    arrays[f"{i:06}"],
+                    e.get("letters", ""),
+                    e.get("formula", ""),
+                    e.get("file", ""),
+                    int(e.get("line", 0)),
+                )
+                for i, e in enumerate(content["entries"])
+            ]
+            return cls(entries, content.get("about", {}))
+
+
+# --- Looking ----------------------------------------------------------------------------------
+
+
+def trace(model: Transformer, *inputs: Any, target: Array | None = None, **options: Any) -> Trace:
+    """One step of the model: forward and, where there is a `target`, loss and backward.
+
+    inputs     what the model is called with: src (B, S) or None, tgt (B, T), masks
+    target     (B, T) ids, of which the model's pads are ignored; None: forward alone
+    options    of the call as well: src_mask, tgt_mask, rng
+    """
+    watcher = _Watcher(model)
+    with watcher:
+        logits, backward_model = model(*inputs, **options)
+        if target is not None:
+            watcher.outside = "loss"
+            loss, backward_loss = cross_entropy(logits, target, model.config.tgt_pad_id)
+            before = [p.grad.copy() for p in model.parameters()]
+            watcher.phase = "backward"
+            backward_model(backward_loss(1.0))
+    entries = watcher.entries
+    if target is not None:
+        for p, grad in zip(model.parameters(), before, strict=True):
+            p.grad[...] = grad  # as if nobody had looked
+    shapes = {"inputs": [list(np.shape(x)) for x in inputs if x is not None]}
+    about = {"config": model.config.to_json(), **shapes}
+    return Trace(entries, about | ({"loss": float(loss)} if target is not None else {}))
+
+
+class _Watcher:
+    """Fills `entries` as functions return."""
+
+    def __init__(self, model: Module):
+        self.entries: list[Entry] = []
+        self.phase, self.outside = "forward", ""
+        self.paths = dict(_paths(model))
+        self.stack: list[
+            tuple[str, frozenset[str]]
+        ] = []  # path, the module's names
+        self.used: dict[str, str] = {}  # a name -> the function whose local it is
+        self.called: dict[tuple[str, str, int], tuple[str, Any]] = {}
+        self.codes = _codes_of_the_model()
+
+    def __enter__(self) -> "_Watcher":
+        self.before = sys.getprofile()
+        sys.setprofile(self.hook)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(self.before)
+
+    def hook(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if code not in self.codes:
+            return
+        if event == "call":
+            path = self._path(frame)
+            is_module = isinstance(frame.f_locals.get("self"), Module)
+            outer = self.stack[-1][1] if self.stack else frozenset()
+            self.stack.append((path, frozenset(_assignments(code)) if is_module else outer))
+        elif event == "return" and self.stack:
+            self._note(
+                frame,
+                *self.stack.pop(),
+                is_op=not isinstance(frame.f_locals.get("self"), Module)
+                and ".<locals>." not in code.co_qualname,
+            )
+
+    def _path(self, frame: FrameType) -> str:
+        """A module's own path; an op's is the caller's; a backward's that of its forward."""
+        here = self.stack[-1][0] if self.stack else self.outside
+        code = frame.f_code
+        parent, nested, name = code.co_qualname.partition(".<locals>.")
+        if nested and name.endswith("backward"):
+            for free in code.co_freevars:
+                if free in frame.f_locals:
+                    key = (parent, free, id(frame.f_locals[free]))
+                    if key in self.called:
+                        return self.called[key][0]
+            return here
+        module = frame.f_locals.get("self")
+        return self.paths.get(id(module), here) if isinstance(module, Module) else here
+
+    def _note(self, frame: FrameType, path: str, of_module: frozenset[str], is_op: bool) -> None:
+        code = frame.f_code
+        op = code.co_qualname.split(".")[0]
+        made = _assignments(code)
+        for name, value in list(frame.f_locals.items()):
+            if name in code.co_freevars:
+                continue
+            if callable(value) or isinstance(value, np.ndarray):
+                # Kept, so that no other object gets its id while we look
+                self.called[code.co_qualname, name, id(value)] = (path, value)
+            if name in made and isinstance(value, np.ndarray | np.floating):
+                line, formula, letters = made[name]
+                full = self._name(path, op, name, is_op and name in of_module)
+                file = f"npformer/{Path(code.co_filename).name}"
+                array = np.array(value)
+                self.entries.append(Entry(full, self.phase, array, letters, formula, file, line))
+
+    def _name(self, path: str, op: str, local: str, is_taken: bool) -> str:
+        """path.local; where that is somebody else's name, path.op.local."""
+        full = f"{path}.{local}" if path else local
+        if is_taken or self.used.setdefault(f"{self.phase} {full}", op) != op:
+            full = f"{path}.{op}.{local}" if path else f"{op}.{local}"
+        return full
+
+
+def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
+    yield id(module), prefix.rstrip(".")
+    for name, value in vars(module).items():
+        parts = value if isinstance(value, list) else [value]
+        for i, part in enumerate(parts):
+            if isinstance(part, Module):
+                inner = f"{prefix}{name}.{i}." if isinstance(value, list) else f"{prefix}{name}."
+                yield from _paths(part, inner)
+
+
+@functools.cache
+def _codes_of_the_model() -> frozenset[CodeType]:
+    """The code of every function, method and backward in the files that people read."""
+    found: set[CodeType] = set()
+
+    def collect(code: CodeType) -> None:
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                if not constant.co_name.startswith(("<", "_check", "check_", "__init__")):
+                    found.add(constant)
+                collect(constant)
+
+    for name in READ:
+        module = sys.modules[f"npformer.{name}"]
+        for value in list(vars(module).values()):
+            if getattr(value, "__module__", None) != module.__name__:
+                continue
+            functions = vars(value).values() if inspect.isclass(value) else [value]
+            for function in functions:
+                code = getattr(function, "__code__", None)
+                if code and not code.co_name.startswith(("<", "_check", "check_", "__init__")):
+                    found.add(code)
+                    collect(code)
+    return frozenset(found)
+
+
+@functools.cache
+def _assignments(code: CodeType) -> dict[str, tuple[int, str, str]]:
+    """Of each local that is assigned: the line, its text, and the shape in its comment."""
+    tree, lines = _parsed(code.co_filename)
+    function = next(
+        (
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef)
+            and node.name == code.co_name
+            and node.lineno <= code.co_firstlineno <= (node.end_lineno or 0)
+            and code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list))
+        ),
+        None,
+    )
+    made: dict[str, tuple[int, str, str]] = {}
+    for statement in _own_statements(function) if function else ():
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        text = " ".join(line.split("  #")[0].strip() for line in
+                        lines[statement.lineno - 1 : statement.end_lineno])  # fmt: skip
+        comment = lines[(statement.end_lineno or statement.lineno) - 1].partition("#")[2]
+        shape = re.match(r"\s*(\([^)]*\))", comment)
+        for target in targets:
+            for name in ast.walk(target):
+                if isinstance(name, ast.Name):
+                    letters = shape[1] if shape else made.get(name.id, (0, "", ""))[2]
+                    made[name.id] = (statement.lineno, text, letters)
+    return made
+
+
+def _own_statements(function: ast.FunctionDef) -> Iterator[ast.Assign | ast.AugAssign]:
+    """Assignments of the function itself, not of those inside it."""
+    todo: list[ast.AST] = list(function.body)
+    while todo:
+        node = todo.pop(0)
+        if isinstance(node, ast.Assign | ast.AugAssign):
+            yield node
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):
+            todo = [*ast.iter_child_nodes(node), *todo]
+
+
+@functools.cache
+def _parsed(filename: str) -> tuple[ast.Module, list[str]]:
+    source = Path(filename).read_text(encoding="utf-8")
+    return ast.parse(source), source.splitlines()
+
+
+# --- Comparing --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The first tensor in which two traces differ."""
+
+    name: str
+    phase: str
+    created: bool  # here, all before it being equal; else something before is not there in both
+    report: str
+    at: str  # file:line
+
+
+def difference(a: Trace, b: Trace, bound: float | None = None) -> Difference | None:
+    """The first entry of `a` that is not that of `b`, forward and then backward; None: none is.
+
+    bound   of the error, of the largest entry; default 1e-10 in float64 and 1e-3 in float32
+
+    Only names that both have are compared.  Raises ValueError where there are none.
+    """
+    common = [entry for entry in a if entry.name in b]
+    if not common:
+        raise ValueError("the two traces have no name in common: traces of different models?")
+    earlier_missing = False
+    for entry in a:
+        if entry.name not in b:
+            earlier_missing = True
+            continue
+        other = b[entry.name].value
+        scale = float(np.abs(np.nan_to_num(other)).max(initial=0)) or 1.0
+        allowed = bound
+        if allowed is None:
+            both_double = entry.value.dtype == other.dtype == np.float64
+            allowed = 1e-10 if both_double else 1e-3
+        said = compare.report(entry.name, entry.value, other, allowed * scale)
+        if said is not None:
+            at = f"{entry.file}:{entry.line}" if entry.file else ""
+            return Difference(entry.name, entry.phase, not earlier_missing, said, at)
+    return None
