@@ -91,7 +91,7 @@ def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str
     size = 0.9 + 0.17 * max(len(sources), len(targets))
     figure = Figure(figsize=(1.5 + size * n_heads, size * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), n_heads, squeeze=False)
-    for row, entry in zip(grid, shown, strict=True):
+    for i, (row, entry) in enumerate(zip(grid, shown, strict=True)):
         queries = sources if entry.name.startswith("encoder") else targets
         keys = targets if entry.name.startswith("decoder") and "self" in entry.name else sources
         for head, axes in enumerate(row):
@@ -102,7 +102,7 @@ def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str
             axes.tick_params(length=0, pad=1)
             if head == 0:
                 axes.set_ylabel(entry.name.removesuffix(".weights"), fontsize=6)
-            if row is grid[0]:
+            if i == 0:
                 axes.set_title(f"head {head}", fontsize=8)
     figure.savefig(path, dpi=130)
     return True

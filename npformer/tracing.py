@@ -21,7 +21,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -65,9 +65,7 @@ class Trace:
 
     def __init__(self, entries: list[Entry], about: dict[str, Any] | None = None):
         self.entries, self.about = entries, about or {}
-        self._by_name: dict[str, Entry] = {}
-        for entry in entries:
-            self._by_name.setdefault(entry.name, entry)
+        self._by_name = {entry.name: entry for entry in entries}
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
@@ -134,21 +132,33 @@ def trace(model: Transformer, *inputs: Any, target: Array | None = None, **optio
     options    of the call as well: src_mask, tgt_mask, rng
     """
     watcher = _Watcher(model)
-    with watcher:
-        logits, backward_model = model(*inputs, **options)
-        if target is not None:
-            watcher.outside = "loss"
-            loss, backward_loss = cross_entropy(logits, target, model.config.tgt_pad_id)
-            before = [p.grad.copy() for p in model.parameters()]
-            watcher.phase = "backward"
-            backward_model(backward_loss(1.0))
-    entries = watcher.entries
-    if target is not None:
-        for p, grad in zip(model.parameters(), before, strict=True):
+    about: dict[str, Any] = {"config": model.config.to_json()}
+    about["inputs"] = [list(np.shape(x)) for x in inputs if x is not None]
+    kept = [p.grad.copy() for p in model.parameters()]
+    try:
+        with watcher:
+            logits, backward_model = model(*inputs, **options)
+            if target is not None:
+                watcher.outside = "loss"
+                loss, backward_loss = cross_entropy(logits, target, model.config.tgt_pad_id)
+                about["loss"] = float(loss)
+                watcher.phase = "backward"
+                backward_model(backward_loss(1.0))
+    finally:
+        for p, grad in zip(model.parameters(), kept, strict=True):
             p.grad[...] = grad  # as if nobody had looked
-    shapes = {"inputs": [list(np.shape(x)) for x in inputs if x is not None]}
-    about = {"config": model.config.to_json(), **shapes}
-    return Trace(entries, about | ({"loss": float(loss)} if target is not None else {}))
+    return Trace(watcher.entries, about)
+
+
+@dataclass
+class _Open:
+    """A frame that has not returned, and what of it has been noted."""
+
+    frame: FrameType
+    path: str
+    module_names: frozenset[str]  # the locals of the innermost module's method
+    is_op: bool
+    noted: dict[str, int] = field(default_factory=dict)  # local -> id of its value
 
 
 class _Watcher:
@@ -158,10 +168,9 @@ class _Watcher:
         self.entries: list[Entry] = []
         self.phase, self.outside = "forward", ""
         self.paths = dict(_paths(model))
-        self.stack: list[
-            tuple[str, frozenset[str]]
-        ] = []  # path, the module's names
+        self.open: list[_Open] = []  # the frames that have not returned
         self.used: dict[str, str] = {}  # a name -> the function whose local it is
+        self.times: dict[str, int] = {}
         self.called: dict[tuple[str, str, int], tuple[str, Any]] = {}
         self.codes = _codes_of_the_model()
 
@@ -174,25 +183,26 @@ class _Watcher:
         sys.setprofile(self.before)
 
     def hook(self, frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if code not in self.codes:
+        if frame.f_code not in self.codes:
             return
         if event == "call":
-            path = self._path(frame)
-            is_module = isinstance(frame.f_locals.get("self"), Module)
-            outer = self.stack[-1][1] if self.stack else frozenset()
-            self.stack.append((path, frozenset(_assignments(code)) if is_module else outer))
-        elif event == "return" and self.stack:
-            self._note(
-                frame,
-                *self.stack.pop(),
-                is_op=not isinstance(frame.f_locals.get("self"), Module)
-                and ".<locals>." not in code.co_qualname,
-            )
+            if self.open:
+                self._note(self.open[-1])  # what the caller has made so far
+            self.open.append(_Open(frame, *self._place(frame)))
+        elif event == "return" and self.open:
+            self._note(self.open.pop())
+
+    def _place(self, frame: FrameType) -> tuple[str, frozenset[str], bool]:
+        """The path of a frame, the names that its module has, and whether it is an op."""
+        code, is_nested = frame.f_code, ".<locals>." in frame.f_code.co_qualname
+        if isinstance(frame.f_locals.get("self"), Module) and not is_nested:
+            return self._path(frame), frozenset(_assignments(code)), False
+        names = self.open[-1].module_names if self.open else frozenset()
+        return self._path(frame), names, not is_nested
 
     def _path(self, frame: FrameType) -> str:
         """A module's own path; an op's is the caller's; a backward's that of its forward."""
-        here = self.stack[-1][0] if self.stack else self.outside
+        here = self.open[-1].path if self.open else self.outside
         code = frame.f_code
         parent, nested, name = code.co_qualname.partition(".<locals>.")
         if nested and name.endswith("backward"):
@@ -205,19 +215,20 @@ class _Watcher:
         module = frame.f_locals.get("self")
         return self.paths.get(id(module), here) if isinstance(module, Module) else here
 
-    def _note(self, frame: FrameType, path: str, of_module: frozenset[str], is_op: bool) -> None:
-        code = frame.f_code
-        op = code.co_qualname.split(".")[0]
-        made = _assignments(code)
-        for name, value in list(frame.f_locals.items()):
-            if name in code.co_freevars:
+    def _note(self, seen: "_Open") -> None:
+        """What a frame has made since it was last looked at."""
+        code = seen.frame.f_code
+        op, made = code.co_qualname.split(".")[0], _assignments(code)
+        for name, value in list(seen.frame.f_locals.items()):
+            if name in code.co_freevars or seen.noted.get(name) == id(value):
                 continue
+            seen.noted[name] = id(value)
             if callable(value) or isinstance(value, np.ndarray):
                 # Kept, so that no other object gets its id while we look
-                self.called[code.co_qualname, name, id(value)] = (path, value)
+                self.called[code.co_qualname, name, id(value)] = (seen.path, value)
             if name in made and isinstance(value, np.ndarray | np.floating):
                 line, formula, letters = made[name]
-                full = self._name(path, op, name, is_op and name in of_module)
+                full = self._name(seen.path, op, name, seen.is_op and name in seen.module_names)
                 file = f"npformer/{Path(code.co_filename).name}"
                 array = np.array(value)
                 self.entries.append(Entry(full, self.phase, array, letters, formula, file, line))
@@ -227,7 +238,9 @@ class _Watcher:
         full = f"{path}.{local}" if path else local
         if is_taken or self.used.setdefault(f"{self.phase} {full}", op) != op:
             full = f"{path}.{op}.{local}" if path else f"{op}.{local}"
-        return full
+        # The same line may run twice in one place: for the source, then for the target
+        n = self.times[full] = self.times.get(full, 0) + 1
+        return full if n == 1 else f"{full}#{n}"
 
 
 def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
@@ -240,7 +253,6 @@ def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
                 yield from _paths(part, inner)
 
 
-@functools.cache
 def _codes_of_the_model() -> frozenset[CodeType]:
     """The code of every function, method and backward in the files that people read."""
     found: set[CodeType] = set()

@@ -6,12 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from zoo import ZOO, planted
 
 import npformer
 from npformer import checkpoint, cli, cross_entropy, tasks, tracing, training
 from npformer.testing.models import make_model
 from npformer.tracing import Trace, difference
-from zoo import ZOO, planted
 
 CONFIG = npformer.TransformerConfig(
     9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=2, n_decoder_layers=2, max_len=8
@@ -144,7 +144,7 @@ ZOO_BY_NAME = {bug.name: bug for bug in ZOO}
     ("name", "first"),
     [
         ("no-root-of-d", "self_attn.scores"),
-        ("softmax-over-queries", "softmax."),
+        ("softmax-over-queries", "self_attn.softmax"),
         ("heads-merged-without-transpose", "self_attn"),
         ("gamma-outside-the-means", "norm"),
         ("mean-path-forgotten", "norm"),
@@ -152,9 +152,9 @@ ZOO_BY_NAME = {bug.name: bug for bug in ZOO}
         ("dw-by-reshape", "dweight"),
         ("relu-learns-at-zero", None),  # nothing is exactly 0 here
         ("embeddings-not-scaled", ""),
-        ("decoder-not-causal", "decoder.layers.0.self_attn"),
+        ("decoder-not-causal", "mask"),
         ("residual-through-the-norm", None),  # pre-norm, and this model is post-norm
-        ("only-the-query-learns", "encoder.layers.1"),
+        ("only-the-query-learns", "encoder.dx"),
     ],
 )
 def test_zoo_the_first_difference_is_where_the_bug_is(name, first):
