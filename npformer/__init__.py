@@ -72,11 +72,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`npformer.pronounce` and `npformer.trace`, loaded for those who ask."""
+    """`npformer.pronounce`, `trace` and `explain_mask`, loaded for those who ask."""
     if name == "pronounce":
         from npformer.pronunciation import pronounce
 
         return pronounce
+    if name == "explain_mask":
+        from npformer.explain import explain_mask
+
+        return explain_mask
     if name == "trace":
         from npformer.tracing import trace
 

@@ -199,6 +199,29 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument("--out", default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
+    mask = commands.add_parser(
+        "mask",
+        help="who may attend to whom, and why not",
+        description="Explain the mask of a sequence of token ids, with the broadcasting on the "
+        "way.  A mask in a file (.npy) may be boolean of either polarity, 0/1 or additive.",
+    )
+    mask.add_argument("ids", nargs="*", type=int, metavar="ID", help="such as 3 4 5 0 0")
+    mask.add_argument("--pad", type=int, default=0, metavar="ID", help="the id of a pad (0)")
+    mask.add_argument("--causal", action="store_true", help="no key after the query")
+    mask.add_argument("--window", type=_positive, metavar="N", help="at most N keys back")
+    mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
+    mask.set_defaults(run=run_mask)
+
+    embeddings = commands.add_parser(
+        "embeddings",
+        help="a picture of the token and position vectors",
+        description="Draw how alike the model's token vectors are, and its positions (the cosine "
+        "of each pair), and the tokens in the plane that shows most of their spread.",
+    )
+    embeddings.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    embeddings.add_argument("--out", default="embeddings.png", metavar="FILE.png")
+    embeddings.set_defaults(run=run_embeddings)
+
     for command in (demo, train, check, predict, export):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
     return top
@@ -503,6 +526,36 @@ def run_attention(options: argparse.Namespace) -> int:
     if not draw_attention(seen, sources, targets, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
     print(f"{options.input} -> {' '.join(targets[1:])}    {options.out}")
+    return 0
+
+
+def run_embeddings(options: argparse.Namespace) -> int:
+    from npformer.plot import draw_embeddings
+
+    model, task = _load(options.folder)
+    sides = {"target": (model.tgt_embedding, task.tgt_vocabulary.tokens)}
+    if model.src_embedding is not None:
+        sides = {"source": (model.src_embedding, task.src_vocabulary.tokens)} | sides
+    tables = {side: (table.weight.data, tokens) for side, (table, tokens) in sides.items()}
+    positions: Any = model.tgt_positions
+    rows = positions.table if hasattr(positions, "table") else positions.weight.data
+    if not draw_embeddings(tables, rows[: task.max_tgt_len + 1], options.out):
+        raise MissingError("embeddings needs matplotlib: pip install 'npformer[plot]'")
+    print(
+        f"{', '.join(f'{len(tokens)} {side} tokens' for side, (_, tokens) in sides.items())}, "
+        f"{len(rows)} positions -> {options.out}"
+    )
+    return 0
+
+
+def run_mask(options: argparse.Namespace) -> int:
+    from npformer.explain import explain_mask
+
+    given = np.load(options.file, allow_pickle=False) if options.file else None
+    ids = np.array([options.ids]) if options.ids else None
+    tokens = [str(i) for i in options.ids] or None
+    kind = {"ids": ids, "pad_id": options.pad, "causal": options.causal, "tokens": tokens}
+    print(explain_mask(given, **kind, window=options.window))
     return 0
 
 

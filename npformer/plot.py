@@ -1,8 +1,10 @@
 """Pictures, where matplotlib is installed; everything works without."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from npformer.tasks import Task
 
@@ -106,3 +108,53 @@ def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str
                 axes.set_title(f"head {head}", fontsize=8)
     figure.savefig(path, dpi=130)
     return True
+
+
+def draw_embeddings(
+    tables: Mapping[str, tuple[np.ndarray, Sequence[str]]], positions: np.ndarray, path: str | Path
+) -> bool:
+    """Similarities and a projection of each table's tokens, and the similarities of positions.
+
+    tables   side -> weight (V, C), the tokens of its rows          False without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    n = len(tables)
+    figure = Figure(figsize=(5.2 * (n + 1), 9.5), layout="constrained")
+    grid = figure.subplots(2, n + 1)
+    for column, (side, (weight, tokens)) in enumerate(tables.items()):
+        kept = [i for i, token in enumerate(tokens) if not token.startswith("<")]
+        names, x = [tokens[i] for i in kept], weight[kept]
+        axes = grid[0, column]
+        axes.imshow(_cosines(x), cmap="RdBu_r", vmin=-1, vmax=1)
+        size = 8 if len(names) < 20 else 5
+        axes.set_xticks(range(len(names)), names, fontsize=size, rotation=90)
+        axes.set_yticks(range(len(names)), names, fontsize=size)
+        axes.set_title(f"{side} tokens: cosine of each pair")
+        plane, share = _plane(x)
+        axes = grid[1, column]
+        axes.scatter(*plane.T, s=8, color="tab:blue", alpha=0.4)
+        for name, (a, b) in zip(names, plane, strict=True):
+            axes.annotate(name, (a, b), fontsize=9)
+        axes.set_title(f"{side} tokens: the plane of {share:.0%} of their spread")
+        axes.set(xticks=[], yticks=[])
+    grid[0, n].imshow(_cosines(positions), cmap="RdBu_r", vmin=-1, vmax=1)
+    grid[0, n].set(title="positions: cosine of each pair", xlabel="position", ylabel="position")
+    grid[1, n].imshow(positions, cmap="RdBu_r", aspect="auto", interpolation="nearest")
+    grid[1, n].set(title="position vectors", xlabel="feature", ylabel="position")
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _cosines(x: np.ndarray) -> np.ndarray:
+    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def _plane(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """The rows in the plane of their two first principal components, and its share."""
+    centred = x - x.mean(axis=0)
+    u, s, _ = np.linalg.svd(centred, full_matrices=False)
+    return u[:, :2] * s[:2], float((s[:2] ** 2).sum() / (s**2).sum())

@@ -204,6 +204,10 @@ def test_the_commands(run_folder, tmp_path, capsys):
     png = tmp_path / "attention.png"
     assert cli.main(["attention", str(run_folder), "312", "--out", str(png)]) == 0
     assert png.read_bytes().startswith(b"\x89PNG")
+    png = tmp_path / "embeddings.png"
+    assert cli.main(["embeddings", str(run_folder), "--out", str(png)]) == 0
+    assert "13 source tokens, 13 target tokens" in capsys.readouterr().out
+    assert png.read_bytes().startswith(b"\x89PNG")
     for command in (["trace", str(run_folder), "3x2"], ["attention", str(run_folder), ""]):
         assert cli.main(command) == 2
         assert capsys.readouterr().err.count("\n") == 1

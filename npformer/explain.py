@@ -1,0 +1,175 @@
+"""Masks in words: who may attend to whom, who not, and why.
+
+print(explain_mask(ids=np.array([[3, 4, 0]]), pad_id=0, causal=True))
+print(explain_mask(mask))       # of any library: boolean, 0/1 or additive
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from npformer.masks import causal_mask, padding_mask, window_mask
+from npformer.ops import Array
+
+VERY_NEGATIVE = -100.0  # what is added to a score to hide it; a learned bias is nearer to 0
+MARKS = {"given": "g", "window": "w", "causal": "c", "padding": "p"}
+MEANINGS = {
+    "padding": "the key is a pad",
+    "causal": "the key comes after the query",
+    "window": "the key is too far back",
+    "given": "the mask that was given says so",
+}
+MOST_SAMPLES, MOST_TOKENS = 4, 40
+
+
+class Reading(NamedTuple):
+    """A mask as booleans, True = may attend, and what it was taken for."""
+
+    allowed: Array
+    looks: str
+
+
+def read_mask(mask: Any) -> Reading:
+    """What somebody's mask probably means.
+
+    mask   NumPy or torch; boolean of either polarity, 0/1, or additive (0 and very negative)
+
+    Raises TypeError for numbers that are none of these.
+    """
+    x = mask.detach().cpu() if hasattr(mask, "detach") else mask
+    x = np.asarray(x.float() if str(getattr(x, "dtype", "")) == "torch.bfloat16" else x)
+    if x.dtype == bool:
+        return _of_booleans(x, "boolean")
+    if not (np.issubdtype(x.dtype, np.number) and x.size):
+        raise TypeError(f"a mask is an array of booleans or numbers, got {x.dtype} {x.shape}")
+    if np.isin(x, (0, 1)).all():
+        allowed, looks = _of_booleans(x == 1, f"0s and 1s ({x.dtype})")
+        if np.issubdtype(x.dtype, np.floating) and x.any():
+            looks += (
+                "; beware: F.scaled_dot_product_attention *adds* a float mask, so that this one "
+                "would hide nothing"
+            )
+        return Reading(allowed, looks)
+    if ((x == 0) | (x <= VERY_NEGATIVE)).all():
+        fill = float(x.min())
+        looks = f"additive ({x.dtype}): 0 = may attend, {fill:g} = may not"
+        if np.isfinite(fill):
+            looks += "; a row of nothing else attends to all alike, where -inf gives NaN and we 0"
+        return Reading(x == 0, looks)
+    raise TypeError(
+        "the mask is neither boolean, nor 0 and 1, nor 0 and very negative numbers: its values "
+        f"go from {x.min():g} to {x.max():g}"
+    )
+
+
+def _of_booleans(x: Array, kind: str) -> Reading:
+    """Which polarity?  Nobody forbids a token to see itself: a diagonal of False is inverted."""
+    square = x.ndim >= 2 and x.shape[-1] == x.shape[-2] > 1
+    diagonal = np.diagonal(x, axis1=-2, axis2=-1) if square else np.ones(1, bool)
+    if square and not diagonal.any() and x.any():
+        return Reading(
+            ~x, f"{kind}, True = may NOT attend, as in nn.MultiheadAttention: no query sees itself"
+        )
+    return Reading(x, f"{kind}, True = may attend")
+
+
+def explain_mask(
+    mask: Any = None,
+    *,
+    ids: Array | None = None,
+    pad_id: int = 0,
+    causal: bool = False,
+    window: int | None = None,
+    n_queries: int | None = None,
+    offset: int = 0,
+    tokens: Sequence[str] | None = None,
+) -> str:
+    """Who may attend to whom and why not, with the broadcasting on the way, as text.
+
+    mask        given by somebody, see `read_mask`; broadcasts to (B, H, T, S)
+    ids         (B, S): keys that are `pad_id` are pads
+    causal      no key after the query, whose first stands at position `offset`
+    window      at most so many keys back, the query's own included
+    n_queries   T, where it is not S
+    tokens      names of the S positions
+
+    Raises ValueError where nothing is given, or shapes do not fit.
+    """
+    given = None if mask is None else read_mask(mask)
+    S = _n_keys(ids, given, tokens)
+    T = n_queries or (given.allowed.shape[-2] if given and given.allowed.ndim > 1 else 0)
+    T = S if T in (0, 1) and n_queries is None else T
+    parts: dict[str, Array] = {}
+    if ids is not None:
+        parts["padding"] = padding_mask(np.atleast_2d(ids), pad_id)
+    if causal:
+        parts["causal"] = causal_mask(T, S, offset)
+    if window is not None:
+        parts["window"] = window_mask(T, S, window, offset)
+    if given is not None:
+        parts["given"] = given.allowed
+    if not parts:
+        raise ValueError("nothing to explain: give a mask, ids, causal=True or a window")
+    try:
+        shape = np.broadcast_shapes((1, 1, T, S), *(x.shape for x in parts.values()))
+    except ValueError:
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in parts.items())
+        raise ValueError(f"the masks do not broadcast to (B, H, T, S): {shapes}") from None
+    lines = [f"given: {given.looks}", ""] if given else []
+    lines += _broadcasting(parts, shape)
+    lines += _grids(parts, shape, tokens)
+    return "\n".join(lines)
+
+
+def _n_keys(ids: Array | None, given: Reading | None, tokens: Sequence[str] | None) -> int:
+    if ids is not None:
+        return np.atleast_2d(ids).shape[1]
+    if given is not None:
+        return given.allowed.shape[-1]
+    if tokens:
+        return len(tokens)
+    raise ValueError("how many keys?  give ids, a mask or tokens")
+
+
+def _broadcasting(parts: dict[str, Array], shape: tuple[int, ...]) -> list[str]:
+    """The shapes under one another, aligned from the right."""
+    rows = [(name, x.shape) for name, x in parts.items()] + [("all of them, &", shape)]
+    texts = [", ".join(f"{n:>3}" for n in s) for _, s in rows]
+    width = max(map(len, texts))
+    lines = ["shapes, aligned from the right; an axis of 1 is stretched        (B, H, T, S)"]
+    for (name, _), text in zip(rows, texts, strict=True):
+        lines.append(f"  {name:<16}({text:>{width}})")
+    return [*lines, ""]
+
+
+def _grids(
+    parts: dict[str, Array], shape: tuple[int, ...], tokens: Sequence[str] | None
+) -> list[str]:
+    *_, T, S = shape
+    reasons = np.full(shape, ".", dtype="<U1")
+    for name, mark in MARKS.items():  # the last that forbids is named: padding before all
+        if name in parts:
+            reasons = np.where(np.broadcast_to(parts[name], shape), reasons, mark)
+    names = [str(t) for t in (tokens or range(S))]
+    width = max(map(len, names))
+    same_heads = (reasons == reasons[:, :1]).all()
+    lines = [".  may attend"]
+    lines += [f"{mark}  may not: {MEANINGS[name]}" for name, mark in MARKS.items() if name in parts]
+    for b in range(min(shape[0], MOST_SAMPLES)):
+        for h in range(1 if same_heads else shape[1]):
+            head = "" if same_heads else f", head {h}"
+            title = f"sample {b}{head}: queries down, keys along"
+            along = " ".join(f"{n:>{width}}" for n in names[:MOST_TOKENS])
+            lines += ["", title, f"{'':>{width}}  {along}"]
+            for t in range(min(T, MOST_TOKENS)):
+                row = reasons[b, h, t, :MOST_TOKENS]
+                label = names[t + S - T] if 0 <= t + S - T < len(names) else str(t)
+                dead = "" if "." in reasons[b, h, t] else "   nothing to attend to: its output is 0"
+                cells = " ".join(f"{c:>{width}}" for c in row)
+                lines.append(f"{label:>{width}}  {cells}{dead}")
+    if shape[0] > MOST_SAMPLES:
+        lines += ["", f"and {shape[0] - MOST_SAMPLES} more samples"]
+    if max(T, S) > MOST_TOKENS:
+        lines += ["", f"only the first {MOST_TOKENS} of {T} queries and {S} keys are shown"]
+    return lines
