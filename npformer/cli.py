@@ -199,6 +199,17 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument("--out", default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
+    explain = commands.add_parser(
+        "explain",
+        help="one step of the model as a page to click through",
+        description="Write a single HTML file, that needs no network: the model as a map, every "
+        "tensor forward and backward as a heat map, with its formula and its line of source.",
+    )
+    explain.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
+    explain.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    explain.add_argument("--out", default="page.html", metavar="PAGE.html")
+    explain.set_defaults(run=run_explain)
+
     mask = commands.add_parser(
         "mask",
         help="who may attend to whom, and why not",
@@ -526,6 +537,24 @@ def run_attention(options: argparse.Namespace) -> int:
     if not draw_attention(seen, sources, targets, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
     print(f"{options.input} -> {' '.join(targets[1:])}    {options.out}")
+    return 0
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    from npformer.page import write_page
+
+    seen, source, target = _traced(options.folder, options.input)
+    model, task = _load(options.folder)
+    src, c = task.parse(options.input), model.config
+    tgt = [SOS, *task.tgt_vocabulary.encode(target[1:])]
+    about = (
+        f"{task.name}: {''.join(source)} -> {' '.join(target[1:])}.  {c.n_encoder_layers}+"
+        f"{c.n_decoder_layers} layers, d_model {c.d_model}, {c.n_heads} heads; loss "
+        f"{seen.about['loss']:.4f}; {len(seen)} tensors"
+    )
+    ids = {"src": src, "tgt": tgt, "source": source, "target": target}
+    size = write_page(seen, options.out, **ids, pad_ids=(c.src_pad_id, c.tgt_pad_id), about=about)
+    print(f"{about}\n{options.out}: {size / 1e6:.1f} MB; open it in a browser")
     return 0
 
 

@@ -84,6 +84,7 @@ def explain_mask(
     n_queries: int | None = None,
     offset: int = 0,
     tokens: Sequence[str] | None = None,
+    query_tokens: Sequence[str] | None = None,
 ) -> str:
     """Who may attend to whom and why not, with the broadcasting on the way, as text.
 
@@ -92,7 +93,7 @@ def explain_mask(
     causal      no key after the query, whose first stands at position `offset`
     window      at most so many keys back, the query's own included
     n_queries   T, where it is not S
-    tokens      names of the S positions
+    tokens      names of the S positions; query_tokens of the T ones, where they are others
 
     Raises ValueError where nothing is given, or shapes do not fit.
     """
@@ -118,7 +119,7 @@ def explain_mask(
         raise ValueError(f"the masks do not broadcast to (B, H, T, S): {shapes}") from None
     lines = [f"given: {given.looks}", ""] if given else []
     lines += _broadcasting(parts, shape)
-    lines += _grids(parts, shape, tokens)
+    lines += _grids(parts, shape, tokens, query_tokens)
     return "\n".join(lines)
 
 
@@ -144,7 +145,10 @@ def _broadcasting(parts: dict[str, Array], shape: tuple[int, ...]) -> list[str]:
 
 
 def _grids(
-    parts: dict[str, Array], shape: tuple[int, ...], tokens: Sequence[str] | None
+    parts: dict[str, Array],
+    shape: tuple[int, ...],
+    tokens: Sequence[str] | None,
+    query_tokens: Sequence[str] | None,
 ) -> list[str]:
     *_, T, S = shape
     reasons = np.full(shape, ".", dtype="<U1")
@@ -152,7 +156,9 @@ def _grids(
         if name in parts:
             reasons = np.where(np.broadcast_to(parts[name], shape), reasons, mark)
     names = [str(t) for t in (tokens or range(S))]
-    width = max(map(len, names))
+    # Without names of their own the queries are the last T of the keys, as with a cache
+    queries = [str(t) for t in query_tokens or (names[S - T :] if T <= S else range(T))]
+    width = max(map(len, [*names, *queries]))
     same_heads = (reasons == reasons[:, :1]).all()
     lines = [".  may attend"]
     lines += [f"{mark}  may not: {MEANINGS[name]}" for name, mark in MARKS.items() if name in parts]
@@ -164,10 +170,9 @@ def _grids(
             lines += ["", title, f"{'':>{width}}  {along}"]
             for t in range(min(T, MOST_TOKENS)):
                 row = reasons[b, h, t, :MOST_TOKENS]
-                label = names[t + S - T] if 0 <= t + S - T < len(names) else str(t)
                 dead = "" if "." in reasons[b, h, t] else "   nothing to attend to: its output is 0"
                 cells = " ".join(f"{c:>{width}}" for c in row)
-                lines.append(f"{label:>{width}}  {cells}{dead}")
+                lines.append(f"{queries[t]:>{width}}  {cells}{dead}")
     if shape[0] > MOST_SAMPLES:
         lines += ["", f"and {shape[0] - MOST_SAMPLES} more samples"]
     if max(T, S) > MOST_TOKENS:

@@ -1,0 +1,125 @@
+"""One step of a model as a page: a single file that opens from disk and asks the network nothing.
+
+The map on the left has every tensor of the trace in the order in which it was made, forward and
+backward; on the right are the values as a heat map, the formula, the line of source, the gradient.
+"""
+
+import base64
+import inspect
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npformer import checkpoint, ops
+from npformer.explain import explain_mask
+from npformer.tracing import Entry, Trace
+
+MOST_ROWS, MOST_COLUMNS, MOST_PAGES = 32, 64, 16
+AXES = {"T": "target", "S": "source"}
+
+
+def write_page(
+    seen: Trace,
+    path: str | Path,
+    *,
+    src: Sequence[int],
+    tgt: Sequence[int],
+    source: Sequence[str],
+    target: Sequence[str],
+    pad_ids: tuple[int, int] = (0, 0),
+    about: str = "",
+) -> int:
+    """Write the page of a trace of one sample; returns its size in bytes.
+
+    src, tgt         the ids that were read;  source, target: their tokens, as text
+    about            a line on top
+
+    Raises CheckpointError if the file cannot be written.
+    """
+    blocks: dict[str, int] = {}  # the values, each once: many a tensor is another under a new name
+    content = {
+        "about": about,
+        "tokens": {"source": list(source), "target": list(target)},
+        "masks": _masks(src, tgt, source, target, pad_ids),
+        "entries": [_entry(entry, blocks) for entry in seen],
+        "blocks": list(blocks),
+        "first": next((i for i, e in enumerate(seen) if e.name.endswith("self_attn.weights")), 0),
+    }
+    template = resources.files("npformer").joinpath("page.html").read_text(encoding="utf-8")
+    # In a script element only "<" can end it: a token "</script>" is text as any other
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    page = template.replace("__DATA__", text).encode()
+    checkpoint.write_atomically(path, page)
+    return len(page)
+
+
+def _masks(src, tgt, source, target, pad_ids) -> dict[str, str]:
+    """The three attentions' masks in words."""
+    source_ids, target_ids = np.array([src]), np.array([tgt])
+    own = explain_mask(ids=source_ids, pad_id=pad_ids[0], tokens=source)
+    causal = explain_mask(ids=target_ids, pad_id=pad_ids[1], causal=True, tokens=target)
+    kind = {"n_queries": len(tgt), "query_tokens": target}
+    cross = explain_mask(ids=source_ids, pad_id=pad_ids[0], tokens=source, **kind)
+    return {"encoder": own, "decoder": causal, "cross": cross}
+
+
+def _entry(entry: Entry, blocks: dict[str, int]) -> dict[str, Any]:
+    shown = np.atleast_1d(entry.value).astype(np.float32)
+    if shown.ndim > 2:
+        shown = shown.reshape(-1, *shown.shape[-2:])[:MOST_PAGES]
+    shown = shown[..., :MOST_COLUMNS]
+    shown = shown[..., :MOST_ROWS, :] if shown.ndim > 1 else shown
+    left_out = entry.value.size - shown.size
+    data = base64.b64encode(np.ascontiguousarray(shown).tobytes()).decode()
+    attention = _attention_of(entry)
+    return {
+        "name": entry.name,
+        "phase": entry.phase,
+        "shape": list(entry.shape),
+        "shown": list(shown.shape),
+        "dtype": entry.dtype,
+        "letters": entry.letters,
+        "formula": entry.formula,
+        "equation": _equation(entry),
+        "file": entry.file,
+        "line": entry.line,
+        "axes": _axes(entry, attention),
+        "mask": attention,
+        "blocked": attention is not None and entry.name.endswith("weights"),
+        "cut": f"{left_out:,} of {entry.value.size:,} values are left out" if left_out else "",
+        "block": blocks.setdefault(data, len(blocks)),
+    }
+
+
+def _attention_of(entry: Entry) -> str | None:
+    """Whose mask it is, for the (queries, keys) of an attention."""
+    last = entry.name.split(".")[-1].split("#")[0]
+    if last not in ("scores", "weights", "dropped", "dscores", "dweights"):
+        return None
+    return "cross" if "cross_attn" in entry.name else entry.name.split(".")[0]
+
+
+def _axes(entry: Entry, attention: str | None) -> list[str | None]:
+    """Of the two last axes: the tokens of which side, if of any."""
+    if attention is not None:
+        rows = "source" if attention == "encoder" else "target"
+        return [rows, "target" if attention == "decoder" else "source"]
+    if entry.value.ndim < 2:
+        return [None, None]
+    side = "source" if entry.name.startswith(("encoder", "src", "memory")) else "target"
+    per_token = entry.value.ndim >= 3 or entry.letters.startswith(("(B, T", "(B, S"))
+    return [side if per_token else None, None]
+
+
+def _equation(entry: Entry) -> str:
+    """The first line of the op's docstring, where the formula calls one."""
+    if entry.phase == "backward":
+        return ""
+    for name in ("softmax", "attention", "linear", "layer_norm", "relu", "gelu", "cross_entropy"):
+        if f"{name}(" in entry.formula:
+            return (inspect.getdoc(getattr(ops, name)) or "").split("\n")[0]
+    return ""

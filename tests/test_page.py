@@ -1,0 +1,129 @@
+"""The page: one file, whole, quiet, and with the trace's own numbers in it."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+import npformer
+from npformer import checkpoint, cli, tasks, training
+from npformer.page import MOST_COLUMNS, MOST_ROWS, write_page
+from npformer.testing.models import make_model
+
+CONFIG = npformer.TransformerConfig(
+    9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=1, n_decoder_layers=1, max_len=80
+)
+SRC, TGT = [3, 4, 5], [1, 6, 7, 8]
+
+
+def written(path, src=SRC, tgt=TGT, source=None, target=None):
+    model = make_model(CONFIG, 0)
+    targets = np.array([[*tgt[1:], 2]])
+    seen = npformer.trace(model, np.array([src]), np.array([tgt]), target=targets)
+    source = source or [f"s{i}" for i in src]
+    target = target or [f"t{i}" for i in tgt]
+    size = write_page(seen, path, src=src, tgt=tgt, source=source, target=target, about="a <b>")
+    return seen, size
+
+
+def data_of(path):
+    text = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL
+    )[1]
+    return json.loads(text)
+
+
+def test_the_values_in_the_page_are_the_traces(tmp_path):
+    seen, size = written(tmp_path / "page.html")
+    assert size == (tmp_path / "page.html").stat().st_size < 3e6
+    data = data_of(tmp_path / "page.html")
+    assert [e["name"] for e in data["entries"]] == [e.name for e in seen]
+    for entry, shown in zip(seen, data["entries"], strict=True):
+        values = np.frombuffer(base64.b64decode(data["blocks"][shown["block"]]), np.float32)
+        expected = np.atleast_1d(entry.value).astype(np.float32)
+        if expected.size == values.size:
+            np.testing.assert_array_equal(values, expected.reshape(-1), entry.name)
+        else:
+            assert "are left out" in shown["cut"]
+    weights = next(e for e in data["entries"] if e["name"].endswith("cross_attn.weights"))
+    assert weights["axes"] == ["target", "source"]
+    assert "softmax" in weights["formula"]
+    assert "exp(x)" in weights["equation"]
+    assert re.search(r"^t6 +\. +\. +\.$", data["masks"]["cross"], re.MULTILINE)
+
+
+def test_it_asks_the_network_nothing(tmp_path):
+    written(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert not re.search(r"(src|href)=[\"']?https?:|@import|url\(|fetch\(|XMLHttp", page)
+
+
+def test_markup_in_tokens_is_text(tmp_path):
+    bad = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "&amp;"]
+    written(tmp_path / "page.html", source=bad)
+    page = (tmp_path / "page.html").read_text()
+    assert "alert(1)</script>" not in page.replace("\\u003c/script>", "")
+    assert page.count("<script") == 2
+    assert data_of(tmp_path / "page.html")["tokens"]["source"] == bad
+    assert "innerHTML" not in page
+
+
+def test_long_inputs_are_cut_and_it_says_so(tmp_path):
+    long = [3 + i % 6 for i in range(70)]
+    _, size = written(tmp_path / "page.html", src=long, tgt=[1, *long[:69]])
+    assert size < 6e6
+    entry = next(
+        e for e in data_of(tmp_path / "page.html")["entries"] if e["name"].endswith("scores")
+    )
+    assert entry["shown"][-2:] == [MOST_ROWS, MOST_COLUMNS]
+    assert re.search(r"[\d,]+ of [\d,]+ values are left out", entry["cut"])
+
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the page")
+def test_it_opens_without_an_error_and_shows_what_was_asked_for(tmp_path):
+    page = tmp_path / "page.html"
+    seen, _ = written(page)
+    name = "decoder.layers.0.cross_attn.weights"
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+         "--enable-logging=stderr", "--dump-dom", f"{page.as_uri()}#{name}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert 'data-ready="true"' in done.stdout, done.stderr
+    assert "CONSOLE" not in done.stderr
+    assert f">{name}</h2>" in done.stdout
+    assert "(1, 2, 4, 3)" in done.stdout
+    assert done.stdout.count("<td") == 4 * 3
+    assert f"{name.replace('weights', 'dweights')}" in done.stdout
+    assert seen[name].formula in done.stdout
+    assert "a &lt;b&gt;" in done.stdout
+
+
+def test_the_command(tmp_path, capsys):
+    task, folder = tasks.load("sort"), tmp_path / "run"
+    sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
+    config = npformer.TransformerConfig(*sizes, d_model=16, n_heads=2, d_ff=16, max_len=16)
+    npformer.Transformer(config, np.random.default_rng(0)).save(folder)
+    about = {"task": "sort", "backend": "numpy", "seed": 0, "recipe": {}}
+    checkpoint.save_json(folder / training.RUN, about)
+    out = tmp_path / "page.html"
+    assert cli.main(["explain", str(folder), "312", "--out", str(out)]) == 0
+    assert "sort: 312 -> " in capsys.readouterr().out
+    assert data_of(out)["tokens"]["source"] == ["3", "1", "2"]
+    (tmp_path / "file").write_text("")
+    for command in (
+        ["explain", str(folder), "3x", "--out", str(out)],
+        ["explain", str(folder), "312", "--out", str(tmp_path / "file" / "page.html")],
+        ["explain", str(tmp_path / "nowhere"), "312"],
+    ):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.count("\n") == 1
