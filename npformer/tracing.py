@@ -131,7 +131,7 @@ def trace(model: Transformer, *inputs: Any, target: Array | None = None, **optio
     target     (B, T) ids, of which the model's pads are ignored; None: forward alone
     options    of the call as well: src_mask, tgt_mask, rng
     """
-    watcher = _Watcher(model)
+    watcher = Watcher(model)
     about: dict[str, Any] = {"config": model.config.to_json()}
     about["inputs"] = [list(np.shape(x)) for x in inputs if x is not None]
     kept = [p.grad.copy() for p in model.parameters()]
@@ -161,20 +161,32 @@ class _Open:
     noted: dict[str, int] = field(default_factory=dict)  # local -> id of its value
 
 
-class _Watcher:
+class Watcher:
     """Fills `entries` as functions return."""
 
-    def __init__(self, model: Module):
+    package = "npformer"
+    files = READ
+    module_type: type = Module
+
+    def __init__(self, model: Any):
         self.entries: list[Entry] = []
         self.phase, self.outside = "forward", ""
-        self.paths = dict(_paths(model))
+        self.paths = self.paths_of(model)
         self.open: list[_Open] = []  # the frames that have not returned
         self.used: dict[str, str] = {}  # a name -> the function whose local it is
         self.times: dict[str, int] = {}
         self.called: dict[tuple[str, str, int], tuple[str, Any]] = {}
-        self.codes = _codes_of_the_model()
+        self.codes = codes_of(self.package, self.files)
 
-    def __enter__(self) -> "_Watcher":
+    def paths_of(self, model: Any) -> dict[int, str]:
+        """The id of each module -> its path."""
+        return dict(_paths(model))
+
+    def array_of(self, value: Any) -> Array | None:
+        """The numbers of a local, as they are now; None where it has none."""
+        return np.array(value) if isinstance(value, np.ndarray | np.floating) else None
+
+    def __enter__(self) -> "Watcher":
         self.before = sys.getprofile()
         sys.setprofile(self.hook)
         return self
@@ -194,11 +206,15 @@ class _Watcher:
 
     def _place(self, frame: FrameType) -> tuple[str, frozenset[str], bool]:
         """The path of a frame, the names that its module has, and whether it is an op."""
-        code, is_nested = frame.f_code, ".<locals>." in frame.f_code.co_qualname
-        if isinstance(frame.f_locals.get("self"), Module) and not is_nested:
-            return self._path(frame), frozenset(_assignments(code)), False
+        method, is_nested, _ = frame.f_code.co_qualname.partition(".<locals>.")
+        if is_nested:
+            is_op = "." not in method  # the backward of an op, or that of a module's method
+        else:
+            is_op = not isinstance(frame.f_locals.get("self"), self.module_type)
+        if not is_op:
+            return self._path(frame), frozenset(_assignments(frame.f_code)), False
         names = self.open[-1].module_names if self.open else frozenset()
-        return self._path(frame), names, not is_nested
+        return self._path(frame), names, True
 
     def _path(self, frame: FrameType) -> str:
         """A module's own path; an op's is the caller's; a backward's that of its forward."""
@@ -213,7 +229,7 @@ class _Watcher:
                         return self.called[key][0]
             return here
         module = frame.f_locals.get("self")
-        return self.paths.get(id(module), here) if isinstance(module, Module) else here
+        return self.paths.get(id(module), here) if isinstance(module, self.module_type) else here
 
     def _note(self, seen: "_Open") -> None:
         """What a frame has made since it was last looked at."""
@@ -223,15 +239,19 @@ class _Watcher:
             if name in code.co_freevars or seen.noted.get(name) == id(value):
                 continue
             seen.noted[name] = id(value)
+            array = self.array_of(value) if name in made else None
             if callable(value) or isinstance(value, np.ndarray):
                 # Kept, so that no other object gets its id while we look
                 self.called[code.co_qualname, name, id(value)] = (seen.path, value)
-            if name in made and isinstance(value, np.ndarray | np.floating):
+            if array is not None:
                 line, formula, letters = made[name]
                 full = self._name(seen.path, op, name, seen.is_op and name in seen.module_names)
-                file = f"npformer/{Path(code.co_filename).name}"
-                array = np.array(value)
+                file = f"{self.package}/{Path(code.co_filename).name}"
                 self.entries.append(Entry(full, self.phase, array, letters, formula, file, line))
+                self.noted(full, value)
+
+    def noted(self, name: str, value: Any) -> None:
+        """For a subclass: this value got that name."""
 
     def _name(self, path: str, op: str, local: str, is_taken: bool) -> str:
         """path.local; where that is somebody else's name, path.op.local."""
@@ -253,7 +273,7 @@ def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
                 yield from _paths(part, inner)
 
 
-def _codes_of_the_model() -> frozenset[CodeType]:
+def codes_of(package: str, files: tuple[str, ...]) -> frozenset[CodeType]:
     """The code of every function, method and backward in the files that people read."""
     found: set[CodeType] = set()
 
@@ -264,8 +284,8 @@ def _codes_of_the_model() -> frozenset[CodeType]:
                     found.add(constant)
                 collect(constant)
 
-    for name in READ:
-        module = sys.modules[f"npformer.{name}"]
+    for name in files:
+        module = sys.modules[f"{package}.{name}"]
         for value in list(vars(module).values()):
             if getattr(value, "__module__", None) != module.__name__:
                 continue

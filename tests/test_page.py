@@ -1,6 +1,7 @@
 """The page: one file, whole, quiet, and with the trace's own numbers in it."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -106,6 +107,55 @@ def test_it_opens_without_an_error_and_shows_what_was_asked_for(tmp_path):
     assert f"{name.replace('weights', 'dweights')}" in done.stdout
     assert seen[name].formula in done.stdout
     assert "a &lt;b&gt;" in done.stdout
+
+
+CLICKS = """<script>
+const said = {};
+const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50));
+(async () => {
+  const button = [...document.querySelectorAll("nav button")].find(
+    (b) => data.entries[b.dataset.i].name === "NAME");
+  button.click();
+  await later(() => { said.name = document.getElementById("name").textContent; });
+  document.getElementById("head").value = 1;
+  document.getElementById("head").dispatchEvent(new Event("input"));
+  document.getElementById("numbers").click();
+  said.cell = document.querySelector('td[data-r="2"][data-c="1"]').textContent;
+  document.querySelector('td[data-r="2"][data-c="1"]').dispatchEvent(
+    new MouseEvent("mouseover", { bubbles: true }));
+  said.hover = document.getElementById("said").textContent;
+  document.querySelector("#links a").click();
+  await later(() => { said.gradient = document.getElementById("name").textContent; });
+  document.dispatchEvent(new KeyboardEvent("keydown", { key: "n" }));
+  await later(() => { said.next = document.getElementById("name").textContent; });
+  document.getElementById("find").value = "norm1";
+  document.getElementById("find").dispatchEvent(new Event("input"));
+  said.found = [...document.querySelectorAll("nav button")].filter((b) => !b.hidden).length;
+  document.body.dataset.said = JSON.stringify(said);
+})();
+</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the page")
+def test_clicks_keys_and_sliders_work(tmp_path):
+    page, name = tmp_path / "page.html", "decoder.layers.0.cross_attn.weights"
+    seen, _ = written(page)
+    page.write_text(page.read_text().replace("</body>", CLICKS.replace("NAME", name)))
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000",
+         "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
+    value = float(seen[name].value[0, 1, 2, 1])
+    assert said["name"] == name
+    assert float(said["cell"]) == pytest.approx(value, rel=1e-3)
+    assert said["hover"].startswith("[2, 1]  t7, s4:")
+    assert said["gradient"] == name.replace("weights", "dweights")
+    names = [entry.name for entry in seen]
+    assert said["next"] == names[names.index(said["gradient"]) + 1]
+    assert said["found"] == sum("norm1" in n for n in names)
 
 
 def test_the_command(tmp_path, capsys):

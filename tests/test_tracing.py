@@ -3,15 +3,19 @@
 import json
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from zoo import ZOO, planted
 
 import npformer
 from npformer import checkpoint, cli, cross_entropy, tasks, tracing, training
 from npformer.testing.models import make_model
 from npformer.tracing import Trace, difference
+from torchformer.convert import to_torch
+from torchformer.tracing import trace as torch_trace
 
 CONFIG = npformer.TransformerConfig(
     9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=2, n_decoder_layers=2, max_len=8
@@ -135,6 +139,28 @@ def test_what_is_no_trace_is_refused(tmp_path, capsys):
     other = Trace([tracing.Entry("theirs", "forward", np.ones(1), "", "", "", 0)])
     with pytest.raises(ValueError, match="no name in common"):
         difference(seen, other)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_the_twin_gives_the_same_names_and_the_same_numbers(norm_first):
+    config = replace(CONFIG, norm_first=norm_first, activation="gelu")
+    model = make_model(config, 0)
+    ours = npformer.trace(model, SRC, TGT, target=TARGETS)
+    ids = [torch.tensor(x) for x in (SRC, TGT, TARGETS)]
+    theirs = torch_trace(to_torch(model), *ids[:2], target=ids[2])
+    assert theirs.about["loss"] == pytest.approx(ours.about["loss"], rel=1e-12)
+    common = [entry.name for entry in ours if entry.name in theirs]
+    for name in ("q", "k", "v", "qh", "scores", "weights", "yh", "dscores", "dweights"):
+        for layer in ("encoder.layers.1.self_attn", "decoder.layers.0.cross_attn"):
+            assert f"{layer}.{name}" in common, f"{layer}.{name}"
+    assert len(common) > 100
+    found = difference(ours, theirs)
+    assert found is None, found
+    with planted(ZOO_BY_NAME["no-root-of-d"]):
+        wrong = npformer.trace(model, SRC, TGT, target=TARGETS)
+    found = difference(wrong, theirs)
+    assert found is not None
+    assert found.name == "encoder.layers.0.self_attn.scores"
 
 
 ZOO_BY_NAME = {bug.name: bug for bug in ZOO}
