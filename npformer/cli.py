@@ -527,6 +527,8 @@ def run_diff(options: argparse.Namespace) -> int:
     how = "created here" if found.created else "something before it is not in both traces"
     print(f"first difference, in {found.phase}: {found.name}  ({how}; {found.at})")
     print(found.report)
+    if n := len(found.inherited):
+        print(f"inherited by {n} tensors after it: {', '.join(found.inherited[:3])}, ...")
     return 1
 
 

@@ -18,6 +18,7 @@ On disk a trace is a folder that any program can write:
 import ast
 import functools
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -357,6 +358,7 @@ class Difference:
     created: bool  # here, all before it being equal; else something before is not there in both
     report: str
     at: str  # file:line
+    inherited: list[str]  # the names after it that differ as well
 
 
 def difference(a: Trace, b: Trace, bound: float | None = None) -> Difference | None:
@@ -364,24 +366,50 @@ def difference(a: Trace, b: Trace, bound: float | None = None) -> Difference | N
 
     bound   of the error, of the largest entry; default 1e-10 in float64 and 1e-3 in float32
 
-    Only names that both have are compared.  Raises ValueError where there are none.
+    Only names that both have are compared.  Raises ValueError where there are none, and for traces
+    of different models.
     """
-    common = [entry for entry in a if entry.name in b]
-    if not common:
+    _check_same_model(a, b)
+    if not any(entry.name in b for entry in a):
         raise ValueError("the two traces have no name in common: traces of different models?")
-    earlier_missing = False
+    first: tuple[Entry, bool, str] | None = None
+    is_missing, inherited = False, []
     for entry in a:
         if entry.name not in b:
-            earlier_missing = True
+            is_missing = is_missing or first is None
             continue
-        other = b[entry.name].value
-        scale = float(np.abs(np.nan_to_num(other)).max(initial=0)) or 1.0
-        allowed = bound
-        if allowed is None:
-            both_double = entry.value.dtype == other.dtype == np.float64
-            allowed = 1e-10 if both_double else 1e-3
-        said = compare.report(entry.name, entry.value, other, allowed * scale)
-        if said is not None:
-            at = f"{entry.file}:{entry.line}" if entry.file else ""
-            return Difference(entry.name, entry.phase, not earlier_missing, said, at)
-    return None
+        said = _compare(entry, b[entry.name].value, bound)
+        if said is not None and first is None:
+            first = (entry, not is_missing, said)
+        elif said is not None:
+            inherited.append(entry.name)
+    if first is None:
+        return None
+    entry, created, said = first
+    at = f"{entry.file}:{entry.line}" if entry.file else ""
+    return Difference(entry.name, entry.phase, created, said, at, inherited)
+
+
+def _compare(entry: Entry, other: Array, bound: float | None) -> str | None:
+    scale = float(np.abs(np.nan_to_num(other)).max(initial=0)) or 1.0
+    if bound is None:
+        bound = 1e-10 if entry.value.dtype == other.dtype == np.float64 else 1e-3
+    return compare.report(entry.name, entry.value, other, bound * scale)
+
+
+def _check_same_model(a: Trace, b: Trace) -> None:
+    """Where both say what their model is."""
+    if "config" not in a.about or "config" not in b.about:
+        return
+    ours, theirs = (json.loads(seen.about["config"]) for seen in (a, b))
+    for name, value in ours.items():
+        if theirs.get(name, value) != value:
+            raise ValueError(
+                f"traces of different models: {name} is {value!r} in one, {theirs[name]!r} in the "
+                "other"
+            )
+    if a.about.get("inputs") != b.about.get("inputs"):
+        raise ValueError(
+            f"traces of different inputs: shapes {a.about.get('inputs')} and "
+            f"{b.about.get('inputs')}"
+        )

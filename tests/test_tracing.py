@@ -163,6 +163,63 @@ def test_the_twin_gives_the_same_names_and_the_same_numbers(norm_first):
     assert found.name == "encoder.layers.0.self_attn.scores"
 
 
+def test_traces_of_other_models_and_inputs_are_refused(tmp_path, capsys):
+    other = replace(CONFIG, d_ff=16)
+    with pytest.raises(ValueError, match="different models: d_ff is 12 in one, 16 in the other"):
+        difference(traced(), traced(make_model(other, 0)))
+    shorter = npformer.trace(make_model(CONFIG, 0), SRC[:, :2], TGT, target=TARGETS)
+    with pytest.raises(ValueError, match=r"different inputs: shapes \[\[1, 3\], \[1, 4\]\] and"):
+        difference(traced(), shorter)
+    traced().save(tmp_path / "a")
+    traced(make_model(other, 0)).save(tmp_path / "b")
+    assert cli.main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+IN_THE_MODEL = ("op.softmax", "op.attention", "op.linear", "op.layer_norm", "op.embedding")
+SEEN_HERE = [
+    bug
+    for bug in ZOO
+    if bug.where.startswith(IN_THE_MODEL)
+    and bug.name
+    not in (
+        "masked-rows-are-uniform",  # no row of this input has nothing to attend to,
+        "softmax-without-its-maximum",  # no score is that large,
+        "the-pad-row-learns",  # there is no pad,
+        "runs-added-unsorted",  # the ids come sorted,
+        "softmax-gradient-by-the-batch",  # which is 1,
+        "repeated-ids-count-once",  # no id is there twice,
+        "variance-by-squares",  # rounding is not seen,
+        "dropout-skipped-going-back",  # and nothing is dropped
+        "dropout-before-softmax-weights",
+        "dv-before-dropout",
+    )
+]
+
+
+@pytest.mark.parametrize("bug", SEEN_HERE, ids=lambda bug: f"zoo-{bug.name}")
+def test_zoo_the_op_that_was_broken_is_named(bug):
+    """The line that made the first different tensor stands in the function that was patched, or
+    in the one that called it."""
+    right = traced()
+    with planted(bug) as changed:
+        wrong = traced()
+    found = difference(wrong, right)
+    assert found is not None
+    assert len(found.inherited) > 3
+    file, line = found.at.split(":")
+    lines = (tracing.PACKAGE.parent / file).read_text().splitlines()
+    here = next(
+        text for text in reversed(lines[: int(line)]) if text.lstrip().startswith("def ")
+        and not text.lstrip().startswith("def backward")
+    )  # fmt: skip
+    named = here.split("def ")[1].split("(")[0]
+    callers = {"attention_weights": {"attention"}, "softmax": {"attention_weights"}}
+    allowed = set(changed) | set().union(*(callers.get(name, set()) for name in changed))
+    returned = ("y", "dx", "dy_rows", "dweight", "dbias")  # without a name until the caller has it
+    assert named in allowed or found.name.split(".")[-1] in returned, found
+
+
 ZOO_BY_NAME = {bug.name: bug for bug in ZOO}
 
 
