@@ -95,11 +95,11 @@ def run(world, folder, n_steps):
         process.start()
     theirs.close()
     try:
-        found = ours.recv() if ours.poll(60) else None
+        found = ours.recv() if ours.poll(200) else None
     except EOFError:
         found = None
     for process in ranks:
-        process.join(20)
+        process.join(60)
         process.kill()
     ours.close()
     assert found is not None, [process.exitcode for process in ranks]
@@ -165,7 +165,7 @@ def torchrun(*arguments, ranks=2, **environment):
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
@@ -221,7 +221,7 @@ def test_a_rank_that_dies_ends_the_others_ddp(tmp_path):
         [*command, "--master-port", str(free_port()), str(script)],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode != 0
