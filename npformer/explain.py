@@ -144,6 +144,15 @@ def _broadcasting(parts: dict[str, Array], shape: tuple[int, ...]) -> list[str]:
     return [*lines, ""]
 
 
+def reasons_of(parts: dict[str, Array], shape: tuple[int, ...]) -> Array:
+    """A mark for each pair: "." may attend, else that of the mask which forbids it, see MARKS."""
+    reasons = np.full(shape, ".", dtype="<U1")
+    for name, mark in MARKS.items():  # the last that forbids is named: padding before all
+        if name in parts:
+            reasons = np.where(np.broadcast_to(parts[name], shape), reasons, mark)
+    return reasons
+
+
 def _grids(
     parts: dict[str, Array],
     shape: tuple[int, ...],
@@ -151,10 +160,7 @@ def _grids(
     query_tokens: Sequence[str] | None,
 ) -> list[str]:
     *_, T, S = shape
-    reasons = np.full(shape, ".", dtype="<U1")
-    for name, mark in MARKS.items():  # the last that forbids is named: padding before all
-        if name in parts:
-            reasons = np.where(np.broadcast_to(parts[name], shape), reasons, mark)
+    reasons = reasons_of(parts, shape)
     names = [str(t) for t in (tokens or range(S))]
     # Without names of their own the queries are the last T of the keys, as with a cache
     queries = [str(t) for t in query_tokens or (names[S - T :] if T <= S else range(T))]

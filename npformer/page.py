@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from npformer import checkpoint, ops
-from npformer.explain import explain_mask
+from npformer.explain import MARKS, MEANINGS, explain_mask, reasons_of
+from npformer.masks import causal_mask, padding_mask
 from npformer.tracing import Entry, Trace
 
-MOST_ROWS, MOST_COLUMNS, MOST_PAGES = 32, 64, 16
+MOST_ROWS, FEWER_ROWS, MOST_COLUMNS, MOST_PAGES = 32, 16, 64, 16
 AXES = {"T": "target", "S": "source"}
 
 
@@ -45,6 +46,8 @@ def write_page(
         "about": about,
         "tokens": {"source": list(source), "target": list(target)},
         "masks": _masks(src, tgt, source, target, pad_ids),
+        "reasons": _reasons(src, tgt, pad_ids),
+        "meanings": {mark: MEANINGS[name] for name, mark in MARKS.items()},
         "entries": [_entry(entry, blocks) for entry in seen],
         "blocks": list(blocks),
         "first": next((i for i, e in enumerate(seen) if e.name.endswith("self_attn.weights")), 0),
@@ -67,15 +70,29 @@ def _masks(src, tgt, source, target, pad_ids) -> dict[str, str]:
     return {"encoder": own, "decoder": causal, "cross": cross}
 
 
+def _reasons(src, tgt, pad_ids) -> dict[str, list[str]]:
+    """Of the three attentions, a row of marks for each query."""
+    S, T = len(src), len(tgt)
+    source = {"padding": padding_mask(np.array([src]), pad_ids[0])}
+    target = {"padding": padding_mask(np.array([tgt]), pad_ids[1]), "causal": causal_mask(T)}
+    kinds = {"encoder": (source, S, S), "decoder": (target, T, T), "cross": (source, T, S)}
+    return {
+        name: ["".join(row) for row in reasons_of(parts, (1, 1, rows, columns))[0, 0]]
+        for name, (parts, rows, columns) in kinds.items()
+    }
+
+
 def _entry(entry: Entry, blocks: dict[str, int]) -> dict[str, Any]:
     shown = np.atleast_1d(entry.value).astype(np.float32)
     if shown.ndim > 2:
         shown = shown.reshape(-1, *shown.shape[-2:])[:MOST_PAGES]
     shown = shown[..., :MOST_COLUMNS]
-    shown = shown[..., :MOST_ROWS, :] if shown.ndim > 1 else shown
+    attention = _attention_of(entry)
+    axes = _axes(entry, attention)
+    n_rows = MOST_ROWS if axes[-2] else FEWER_ROWS  # of tokens, or of features
+    shown = shown[..., :n_rows, :] if shown.ndim > 1 else shown
     left_out = entry.value.size - shown.size
     data = base64.b64encode(np.ascontiguousarray(shown).tobytes()).decode()
-    attention = _attention_of(entry)
     return {
         "name": entry.name,
         "phase": entry.phase,
@@ -87,9 +104,8 @@ def _entry(entry: Entry, blocks: dict[str, int]) -> dict[str, Any]:
         "equation": _equation(entry),
         "file": entry.file,
         "line": entry.line,
-        "axes": _axes(entry, attention),
+        "axes": axes,
         "mask": attention,
-        "blocked": attention is not None and entry.name.endswith("weights"),
         "cut": f"{left_out:,} of {entry.value.size:,} values are left out" if left_out else "",
         "block": blocks.setdefault(data, len(blocks)),
     }

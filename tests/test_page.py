@@ -16,7 +16,7 @@ from npformer.page import MOST_COLUMNS, MOST_ROWS, write_page
 from npformer.testing.models import make_model
 
 CONFIG = npformer.TransformerConfig(
-    9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=1, n_decoder_layers=1, max_len=80
+    9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=1, n_decoder_layers=2, max_len=80
 )
 SRC, TGT = [3, 4, 5], [1, 6, 7, 8]
 
@@ -128,6 +128,13 @@ const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50
   await later(() => { said.gradient = document.getElementById("name").textContent; });
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "n" }));
   await later(() => { said.next = document.getElementById("name").textContent; });
+  location.hash = "decoder.layers.0.self_attn.weights";
+  await later(() => document.querySelector('td[data-r="1"][data-c="3"]').dispatchEvent(
+    new MouseEvent("mouseover", { bubbles: true })));
+  said.why = document.getElementById("said").textContent;
+  document.getElementById("layer").value = 1;
+  document.getElementById("layer").dispatchEvent(new Event("input"));
+  await later(() => { said.layer = document.getElementById("name").textContent; });
   document.getElementById("find").value = "norm1";
   document.getElementById("find").dispatchEvent(new Event("input"));
   said.found = [...document.querySelectorAll("nav button")].filter((b) => !b.hidden).length;
@@ -155,6 +162,8 @@ def test_clicks_keys_and_sliders_work(tmp_path):
     assert said["gradient"] == name.replace("weights", "dweights")
     names = [entry.name for entry in seen]
     assert said["next"] == names[names.index(said["gradient"]) + 1]
+    assert said["why"].endswith("may not attend: the key comes after the query")
+    assert said["layer"] == "decoder.layers.1.self_attn.weights"
     assert said["found"] == sum("norm1" in n for n in names)
 
 
