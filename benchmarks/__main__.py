@@ -21,7 +21,7 @@ rounds, a rough answer).  Nothing else should be running.
   python -m benchmarks.tables --readme      draw the README's tables and the plots from the results
 """
 WHOLE = {  # name -> module and options
-    "training": "training --rounds 7",
+    "training": "training --rounds 5",
     "threads": "training --threads 2 --config M --dropout 0.1 --rounds 7",
     "allocator": "training --no-keep-freed-memory --config S,M --dropout 0.1 --rounds 5"
     " --backends npformer,torch",
