@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -245,7 +245,7 @@ class Watcher:
                 # Kept, so that no other object gets its id while we look
                 self.called[code.co_qualname, name, id(value)] = (seen.path, value)
             if array is not None:
-                line, formula, letters = made[name]
+                line, formula, letters = _last_made(made[name], seen.frame.f_lineno)
                 full = self._name(seen.path, op, name, seen.is_op and name in seen.module_names)
                 file = f"{self.package}/{Path(code.co_filename).name}"
                 self.entries.append(Entry(full, self.phase, array, letters, formula, file, line))
@@ -299,9 +299,17 @@ def codes_of(package: str, files: tuple[str, ...]) -> frozenset[CodeType]:
     return frozenset(found)
 
 
+class _Made(NamedTuple):
+    """One assignment to a local."""
+
+    line: int
+    text: str
+    letters: str
+
+
 @functools.cache
-def _assignments(code: CodeType) -> dict[str, tuple[int, str, str]]:
-    """Of each local that is assigned: the line, its text, and the shape in its comment."""
+def _assignments(code: CodeType) -> dict[str, list[_Made]]:
+    """Of each local that is assigned: where, by what text, and the shape in its comment."""
     tree, lines = _parsed(code.co_filename)
     function = next(
         (
@@ -309,24 +317,36 @@ def _assignments(code: CodeType) -> dict[str, tuple[int, str, str]]:
             for node in ast.walk(tree)
             if isinstance(node, ast.FunctionDef)
             and node.name == code.co_name
-            and node.lineno <= code.co_firstlineno <= (node.end_lineno or 0)
             and code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list))
         ),
         None,
     )
-    made: dict[str, tuple[int, str, str]] = {}
+    made: dict[str, list[_Made]] = {}
     for statement in _own_statements(function) if function else ():
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        text = " ".join(line.split("  #")[0].strip() for line in
-                        lines[statement.lineno - 1 : statement.end_lineno])  # fmt: skip
-        comment = lines[(statement.end_lineno or statement.lineno) - 1].partition("#")[2]
-        shape = re.match(r"\s*(\([^)]*\))", comment)
-        for target in targets:
-            for name in ast.walk(target):
-                if isinstance(name, ast.Name):
-                    letters = shape[1] if shape else made.get(name.id, (0, "", ""))[2]
-                    made[name.id] = (statement.lineno, text, letters)
+        first, last = statement.lineno, statement.end_lineno or statement.lineno
+        text = " ".join(line.split("  #")[0].strip() for line in lines[first - 1 : last])
+        shape = re.match(r"\s*(\([^)]*\))", lines[last - 1].partition("#")[2])
+        for name in (name for target in targets for name in _names(target)):
+            earlier = made.setdefault(name, [])
+            letters = shape[1] if shape else earlier[-1].letters if earlier else ""
+            earlier.append(_Made(first, text, letters))
     return made
+
+
+def _names(target: ast.expr) -> Iterator[str]:
+    """The locals that an assignment changes: of x[rows] = ... it is x, and not rows."""
+    while isinstance(target, ast.Subscript):
+        target = target.value
+    if isinstance(target, ast.Name):
+        yield target.id
+    for part in getattr(target, "elts", ()):
+        yield from _names(part)
+
+
+def _last_made(made: list[_Made], line: int) -> _Made:
+    """The assignment before this line; in a loop it may be that of the round before."""
+    return next((each for each in reversed(made) if each.line < line), made[0])
 
 
 def _own_statements(function: ast.FunctionDef) -> Iterator[ast.Assign | ast.AugAssign]:
