@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from npformer.checkpoint import CheckpointError, blame
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
-from npformer.tasks.task import make_batch
+from npformer.tasks.task import Batch, make_batch
 from npformer.transformer import Transformer
 
 GET_TORCH = "pip install 'npformer[torch]'"
@@ -308,6 +308,8 @@ def run_train(options: argparse.Namespace) -> int:
         for name in ("task", "backend", "seed", "threads", "precision"):
             if getattr(options, name) not in (None, about[name]):
                 raise ValueError(f"the run in {folder} has {name} {about[name]}")
+        if options.compile and not about["compile"]:
+            raise ValueError(f"the run in {folder} is not compiled")
         if options.preset or options.config or options.out:
             raise ValueError("--resume goes on as it began: no --preset, --config or --out")
         with blame(folder / training.RUN):
@@ -502,7 +504,7 @@ def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
 
 
 def run_trace(options: argparse.Namespace) -> int:
-    seen, _, _ = _traced(options.folder, options.input)
+    seen = _traced(options.folder, options.input).seen
     listed = [entry for entry in seen if options.match in entry.name]
     widths = [max((len(e.name) for e in listed), default=0)]
     for entry in listed:
@@ -535,27 +537,33 @@ def run_diff(options: argparse.Namespace) -> int:
 def run_attention(options: argparse.Namespace) -> int:
     from npformer.plot import draw_attention
 
-    seen, sources, targets = _traced(options.folder, options.input)
-    if not draw_attention(seen, sources, targets, options.out):
+    it = _traced(options.folder, options.input)
+    if not draw_attention(it.seen, it.source, it.target, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
-    print(f"{options.input} -> {' '.join(targets[1:])}    {options.out}")
+    print(f"{options.input} -> {' '.join(it.target[1:])}    {options.out}")
     return 0
 
 
 def run_explain(options: argparse.Namespace) -> int:
     from npformer.page import write_page
 
-    seen, source, target = _traced(options.folder, options.input)
-    model, task = _load(options.folder)
-    src, c = task.parse(options.input), model.config
-    tgt = [SOS, *task.tgt_vocabulary.encode(target[1:])]
+    it = _traced(options.folder, options.input)
+    c = it.model.config
     about = (
-        f"{task.name}: {''.join(source)} -> {' '.join(target[1:])}.  {c.n_encoder_layers}+"
-        f"{c.n_decoder_layers} layers, d_model {c.d_model}, {c.n_heads} heads; loss "
-        f"{seen.about['loss']:.4f}; {len(seen)} tensors"
+        f"{it.task.name}: {''.join(it.source)} -> {' '.join(it.target[1:])}.  "
+        f"{c.n_encoder_layers}+{c.n_decoder_layers} layers, d_model {c.d_model}, {c.n_heads} "
+        f"heads; loss {it.seen.about['loss']:.4f}; {len(it.seen)} tensors"
     )
-    ids = {"src": src, "tgt": tgt, "source": source, "target": target}
-    size = write_page(seen, options.out, **ids, pad_ids=(c.src_pad_id, c.tgt_pad_id), about=about)
+    size = write_page(
+        it.seen,
+        options.out,
+        src=it.batch.src[0].tolist(),
+        tgt=it.batch.tgt_in[0].tolist(),
+        source=it.source,
+        target=it.target,
+        pad_ids=(c.src_pad_id, c.tgt_pad_id),
+        about=about,
+    )
     print(f"{about}\n{options.out}: {size / 1e6:.1f} MB; open it in a browser")
     return 0
 
@@ -644,8 +652,18 @@ def _example(task: Task) -> str:
     return "hypothesis" if task.name.startswith("g2p") else "31524"
 
 
-def _traced(folder: str, text: str) -> tuple[Any, list[str], list[str]]:
-    """The trace of the model's answer to one input; the source's tokens, and those it read."""
+class _Traced(NamedTuple):
+    """One input through a model, with its own answer as the target."""
+
+    seen: Any  # the Trace
+    model: Transformer
+    task: Task
+    batch: Batch
+    source: list[str]  # tokens
+    target: list[str]  # the tokens that were read: the start, then the answer
+
+
+def _traced(folder: str, text: str) -> _Traced:
     from npformer.tracing import trace
 
     model, task = _load(folder)
@@ -654,7 +672,7 @@ def _traced(folder: str, text: str) -> tuple[Any, list[str], list[str]]:
     batch = make_batch([(ids, answer)])
     seen = trace(model, batch.src, batch.tgt_in, target=batch.tgt_out)
     source, target = task.src_vocabulary.decode(ids), task.tgt_vocabulary.decode(answer)
-    return seen, source, ["start", *target]
+    return _Traced(seen, model, task, batch, source, ["start", *target])
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:

@@ -20,7 +20,6 @@ from npformer.masks import causal_mask, padding_mask
 from npformer.tracing import Entry, Trace
 
 MOST_ROWS, FEWER_ROWS, MOST_COLUMNS, MOST_PAGES = 32, 16, 64, 16
-AXES = {"T": "target", "S": "source"}
 
 
 def write_page(
