@@ -27,7 +27,8 @@ SIZES = {"d_model": 16, "n_heads": 4, "d_ff": 24, "n_encoder_layers": 2, "n_deco
 NO_DROPOUT = {f"{k}_dropout": 0.0 for k in ("embedding", "attention", "activation", "sublayer")}
 CONFIG = npformer.TransformerConfig(13, 13, **SIZES, **NO_DROPOUT, activation="gelu")
 SMOOTHING, RATE, CLIP = 0.1, 1e-2, 0.5
-BOUND = 1e-12
+BOUND = 1e-12  # of the largest gradient: what the README says of float64
+WEIGHTS = 1e-10  # after some steps of Adam: the contract of training, as in test_optim.py
 
 
 def free_port():
@@ -145,7 +146,7 @@ def test_two_ranks_have_the_gradients_of_one_process_and_of_numpy(engine, phases
     found, _, norm = phases[0][engine]
     expected, _, expected_norm = single(1)
     assert_same(found, expected)
-    assert norm == pytest.approx(expected_norm, rel=1e-12)
+    assert norm == pytest.approx(expected_norm, rel=BOUND)
     batch = ModelBatch(*batch_of(1), {}, SMOOTHING)
     ours = numpy_step(make_model(CONFIG, 0), batch)
     ours.pop("logits")
@@ -155,7 +156,7 @@ def test_two_ranks_have_the_gradients_of_one_process_and_of_numpy(engine, phases
 @pytest.mark.parametrize("engine", ENGINES)
 def test_steps_on_two_ranks_then_one_then_two_are_the_steps_of_one_process(engine, phases):
     for (_, weights, _), steps in zip([phase[engine] for phase in phases], (2, 4, 5), strict=True):
-        assert_same(weights, single(steps)[1], 1e-9)  # Adam divides by the gradient's own size
+        assert_same(weights, single(steps)[1], WEIGHTS)
 
 
 def torchrun(*arguments, ranks=2, **environment):
@@ -193,9 +194,8 @@ def test_torchrun_trains_saves_resumes_and_both_twins_read_it_fsdp(tmp_path):
     assert more.returncode == 0, more.stderr
     assert "steps 4 to 5" in more.stdout
     model, twin = npformer.Transformer.load(out), torchformer.Transformer.load(out)
-    src, tgt = np.array([[5, 4]]), np.array([[1, 4]])
-    theirs = twin.infer(torch.tensor(src), torch.tensor(tgt)).numpy()
-    np.testing.assert_allclose(model.infer(src, tgt), theirs, atol=1e-5)
+    for name, x in model.state_dict().items():
+        np.testing.assert_array_equal(x, twin.state_dict()[name].numpy(), err_msg=name)
 
 
 def test_ranks_that_do_not_divide_the_heads_are_refused_in_one_line_tp(tmp_path):

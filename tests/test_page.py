@@ -157,7 +157,7 @@ def test_clicks_keys_and_sliders_work(tmp_path):
     said = json.loads(html.unescape(re.search(r'data-said="([^"]*)"', done.stdout)[1]))
     value = float(seen[name].value[0, 1, 2, 1])
     assert said["name"] == name
-    assert float(said["cell"]) == pytest.approx(value, rel=1e-3)
+    assert float(said["cell"]) == pytest.approx(value, rel=5e-4)  # four digits
     assert said["hover"].startswith("[2, 1]  t7, s4:")
     assert said["gradient"] == name.replace("weights", "dweights")
     names = [entry.name for entry in seen]
