@@ -25,7 +25,7 @@ import npformer
 import torchformer
 from benchmarks import harness
 from benchmarks.configs import Size
-from benchmarks.torch_reference import TorchTransformer
+from benchmarks.torch_reference import TorchTransformer, to_reference
 from npformer import TransformerConfig
 from torchformer import fast
 from torchformer.decoder import DecoderLayer
@@ -33,9 +33,9 @@ from torchformer.encoder import EncoderLayer
 
 DESCRIPTION = """\
 Measure torchformer on one GPU, in this order, as far as the budget goes: the card's ceilings;
-parity with the NumPy twin; training of the configurations B, A (beside torch.nn.Transformer) and
-C; decoding; the attention kernels; the ladder from NumPy float64 to a compiled bf16 step; where
-the GPU first wins; where a step's time goes.
+parity with the NumPy twin; training of the configurations B, A (beside torch.nn.Transformer, on
+full batches and on ragged ones) and C; decoding; the attention kernels; the ladder from NumPy
+float64 to a compiled bf16 step; where the GPU first wins; where a step's time goes.
 
 bench.json is written after every section, report.md and the plots from it at the end.  With
 --device cpu the same code runs on toy sizes: to see that it works, not for its figures.
@@ -78,6 +78,7 @@ def config_of(layers: tuple[int, int], C: int, heads: int, vocab: int, length: i
         activation="relu" if layers[0] else "gelu_tanh",
         norm_first=not layers[0],
         positions="sinusoidal" if layers[0] else "learned",
+        final_norm=True,  # as torch.nn.Transformer has one
         share_embeddings=bool(layers[0]),
         tie_head=True,
         embedding_dropout=0.0,
@@ -152,8 +153,43 @@ class Clock:
 # --- One training step ------------------------------------------------------------------------
 
 
+Batch = tuple[Tensor, Tensor, Tensor]  # src (B, S), tgt (B, T), targets (B, T); 0 is a pad
+
+
+def full_batches(setting: Setting) -> list[Batch]:
+    """Four, random and without a pad."""
+    ids = np.random.default_rng(0).integers(
+        3, setting.config.tgt_vocab_size, (4, 3, setting.batch, setting.length)
+    )
+    return [as_batch(batch) for batch in ids]
+
+
+def as_batch(ids: np.ndarray) -> Batch:
+    src, tgt, targets = (torch.tensor(x) for x in ids)
+    return src, tgt, targets
+
+
+def ragged_batches(setting: Setting, by_length: bool) -> list[Batch]:
+    """Four, of lengths from a quarter of the full one to all of it, one for each pair.
+
+    by_length: pairs of like length together, padded to the longest among them (and to a multiple
+    of 8, as tensor cores like it).  Else as they come, padded to the full length.
+    """
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(setting.length // 4, setting.length + 1, 4 * setting.batch)
+    shape = (3, len(lengths), setting.length)
+    ids = rng.integers(3, setting.config.tgt_vocab_size, shape)
+    ids *= np.arange(setting.length) < lengths[:, np.newaxis]
+    order = np.argsort(lengths, kind="stable") if by_length else np.arange(len(lengths))
+    batches = []
+    for chosen in np.split(order, 4):
+        longest = math.ceil(lengths[chosen].max() / 8) * 8 if by_length else setting.length
+        batches.append(as_batch(ids[:, chosen, :longest]))
+    return batches
+
+
 class Step:
-    """Forward, loss, backward, clip, optimizer; random inputs, another batch each time."""
+    """Forward, loss, backward, clip, optimizer; another batch each time."""
 
     def __init__(
         self,
@@ -161,6 +197,7 @@ class Step:
         device: torch.device,
         *,
         model: nn.Module | None = None,
+        batches: list[Batch] | None = None,
         bf16: bool = True,
         compiled: bool = True,
         fused: bool = True,
@@ -173,25 +210,24 @@ class Step:
             if compiled:
                 for layer in twin.modules():
                     if isinstance(layer, EncoderLayer | DecoderLayer):
-                        layer.compile(fullgraph=True)
+                        layer.compile(fullgraph=True, dynamic=False)
             model = twin
         self.model: Any = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=fused or None)
-        generator = torch.Generator().manual_seed(0)
-        shape = (4, setting.batch, setting.length)
-        ids = (torch.randint(3, c.tgt_vocab_size, shape, generator=generator) for _ in range(3))
-        self.src, self.tgt, self.targets = (x.to(device) for x in ids)
+        self.batches = [
+            tuple(x.to(device) for x in batch) for batch in batches or full_batches(setting)
+        ]
         self.has_source, self.i = c.n_encoder_layers > 0, 0
-        head = (lambda x: x.float()) if not compiled else torch.compile(_in_float32)
-        self.to_float32 = head
+        self.cross_entropy = (
+            torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
+        )
 
     def loss(self) -> Tensor:
-        self.i = (self.i + 1) % 4
-        src = self.src[self.i] if self.has_source else None
+        src, tgt, targets = self.batches[self.i]
+        self.i = (self.i + 1) % len(self.batches)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model(src, self.tgt[self.i])
-        logits = self.to_float32(logits)
-        return F.cross_entropy(logits.flatten(0, 1), self.targets[self.i].flatten())
+            logits = self.model(src if self.has_source else None, tgt)
+        return self.cross_entropy(logits, targets)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
@@ -199,9 +235,15 @@ class Step:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
 
+    def all_batches(self) -> None:
+        """A step with each: with batches of several shapes, this is what is timed."""
+        for _ in self.batches:
+            self()
 
-def _in_float32(logits: Tensor) -> Tensor:
-    return logits.float()
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """In float32, whatever the logits are in; compiled, it never writes them down as float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=0)
 
 
 def flops_per_token(setting: Setting) -> float:
@@ -311,42 +353,87 @@ def parity(bench: Bench, seconds: float) -> dict[str, Any]:
     return rows
 
 
-def training_a(bench: Bench, seconds: float) -> dict[str, Any]:
-    """torchformer beside torch.nn.Transformer: the same shapes, tied the same way."""
-    setting = bench.settings["A"]
-    c = setting.config
+class Reference(TorchTransformer):
+    """torch.nn.Transformer with the weights of a torchformer of A, and masks for its pads."""
 
-    def reference() -> nn.Module:
-        size = Size(
-            "A",
-            c.d_model,
-            c.n_encoder_layers,
-            c.n_heads,
-            c.d_ff,
-            c.tgt_vocab_size,
-            setting.batch,
-            setting.length,
+    def __init__(self, setting: Setting, masks: bool):
+        c = setting.config
+        shape = (c.d_model, c.n_encoder_layers, c.n_heads, c.d_ff, c.tgt_vocab_size)
+        super().__init__(Size("A", *shape, setting.batch, setting.length))
+        self.masks = masks
+        self.src_embedding = self.tgt_embedding
+        self.head = nn.Linear(c.d_model, c.tgt_vocab_size, bias=False)
+        self.head.weight = self.tgt_embedding.weight
+        weights = npformer.Transformer(c, np.random.default_rng(0)).state_dict()
+        state = {name: torch.from_numpy(w) for name, w in to_reference(weights).items()}
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        assert set(missing) <= {"src_embedding.weight", "head.weight"}, missing  # the same weight
+        assert not unexpected, unexpected
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        if not self.masks:
+            return super().forward(src, tgt)
+        is_pad = src == 0  # (B, S); a right-padded target needs none: see the causal mask
+        y = self.transformer(
+            self.embed(self.src_embedding, src),
+            self.embed(self.tgt_embedding, tgt),
+            tgt_mask=self.causal_mask,
+            src_key_padding_mask=is_pad,
+            memory_key_padding_mask=is_pad,
+            tgt_is_causal=True,
         )
-        model = TorchTransformer(size)
-        model.src_embedding = model.tgt_embedding
-        model.head = nn.Linear(c.d_model, c.tgt_vocab_size, bias=False)
-        model.head.weight = model.tgt_embedding.weight
-        nn.init.normal_(model.tgt_embedding.weight, std=c.d_model**-0.5)
-        return model
+        return self.head(y)
 
-    def theirs(bf16: bool, compiled: bool) -> Step:
-        model: Any = reference().to(bench.device)
+
+def contenders_a(
+    bench: Bench, ours: list[Batch], theirs: list[Batch], masks: bool
+) -> dict[str, Step]:
+    """torchformer, and torch.nn.Transformer with the same weights."""
+    setting = bench.settings["A"]
+
+    def reference(bf16: bool, compiled: bool) -> Step:
+        model: Any = Reference(setting, masks).to(bench.device)
         model = torch.compile(model) if compiled else model
-        return Step(setting, bench.device, model=model, bf16=bf16, compiled=False)
+        return Step(
+            setting, bench.device, model=model, batches=theirs, bf16=bf16, compiled=compiled
+        )
 
-    calls = {
-        "torchformer": Step(setting, bench.device),
-        "nn.Transformer, eager float32": theirs(bf16=False, compiled=False),
-        "nn.Transformer, eager bf16": theirs(bf16=True, compiled=False),
-        "nn.Transformer, compiled bf16": theirs(bf16=True, compiled=True),
+    steps = {"torchformer": Step(setting, bench.device, batches=ours)}
+    if not masks:
+        steps["nn.Transformer, eager float32"] = reference(bf16=False, compiled=False)
+    steps["nn.Transformer, eager bf16"] = reference(bf16=True, compiled=False)
+    steps["nn.Transformer, compiled bf16"] = reference(bf16=True, compiled=True)
+    return steps
+
+
+def training_a(bench: Bench, seconds: float) -> dict[str, Any]:
+    """torchformer beside torch.nn.Transformer: the same weights, batches and maths."""
+    setting = bench.settings["A"]
+    batches = full_batches(setting)
+    steps = contenders_a(bench, batches, batches, masks=False)
+    losses = {name: float(step.loss().detach()) for name, step in steps.items()}
+    measured = bench.clock.compare(dict(steps), seconds)
+    rows = {name: bench.row(setting, m) | {"loss": losses[name]} for name, m in measured.items()}
+    return with_ratios(rows)
+
+
+def training_a_ragged(bench: Bench, seconds: float) -> dict[str, Any]:
+    """Pairs of many lengths: torchformer on batches of like length, the other on padded ones."""
+    setting = bench.settings["A"]
+    ours, theirs = (ragged_batches(setting, by_length) for by_length in (True, False))
+    steps = contenders_a(bench, ours, theirs, masks=True)
+    n_real = sum(int((x != 0).sum()) for batch in ours for x in batch[:2])
+    measured = bench.clock.compare({n: step.all_batches for n, step in steps.items()}, seconds, 1)
+    rows = {n: {**m, "tokens_per_second": n_real / m["seconds"]} for n, m in measured.items()}
+    return with_ratios(rows)
+
+
+def with_ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """How many times as fast the first is."""
+    ours = next(iter(rows.values()))["tokens_per_second"]
+    return {
+        name: row | {"ours_to_it": ours / row["tokens_per_second"]} for name, row in rows.items()
     }
-    measured = bench.clock.compare(dict(calls), seconds)
-    return {name: bench.row(setting, m) for name, m in measured.items()}
 
 
 def decoding(bench: Bench, seconds: float) -> dict[str, Any]:
@@ -486,9 +573,11 @@ def _gradients_numpy(setting: Setting, dtype: Any) -> dict[str, np.ndarray]:
 
 def _gradients_torch(step: Step) -> dict[str, np.ndarray]:
     tgt, targets = np.random.default_rng(2).integers(
-        3, step.model.config.tgt_vocab_size, (2, *step.tgt.shape[1:])
+        3, step.model.config.tgt_vocab_size, (2, *step.batches[0][1].shape)
     )
-    step.tgt[:], step.targets[:] = torch.tensor(tgt), torch.tensor(targets)
+    src, device = step.batches[0][0], step.device
+    step.batches = [(src, torch.tensor(tgt, device=device), torch.tensor(targets, device=device))]
+    step.i = 0
     step.loss().backward()
     return {
         name: p.grad.double().cpu().numpy()
@@ -576,9 +665,10 @@ SECTIONS: dict[str, tuple[float, Callable[[Bench, float], Any]]] = {  # name -> 
     "ceilings": (0.03, ceilings),
     "parity": (0.04, parity),
     "training B": (0.13, lambda bench, seconds: bench.train("B", seconds / 2)),
-    "training A": (0.2, lambda bench, seconds: training_a(bench, seconds / 2)),
-    "training C": (0.14, lambda bench, seconds: bench.train("C", seconds / 2)),
-    "decoding": (0.16, lambda bench, seconds: decoding(bench, seconds / 3)),
+    "training A": (0.15, lambda bench, seconds: training_a(bench, seconds / 2)),
+    "training A, ragged": (0.1, lambda bench, seconds: training_a_ragged(bench, seconds / 2)),
+    "training C": (0.12, lambda bench, seconds: bench.train("C", seconds / 2)),
+    "decoding": (0.14, lambda bench, seconds: decoding(bench, seconds / 3)),
     "attention": (0.05, lambda bench, seconds: attention(bench, seconds / 2)),
     "ladder": (0.1, lambda bench, seconds: ladder(bench, seconds / 2)),
     "crossover": (0.06, lambda bench, seconds: crossover(bench, seconds / 2)),

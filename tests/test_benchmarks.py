@@ -339,3 +339,31 @@ def test_a_section_that_does_not_fit_is_skipped_and_says_so(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "crossover"]
     assert gpu.main([*arguments, "--budget", "0"]) == 0
     assert "skipped: 0 s were left of 0" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # a fast path of inference
+def test_the_gpu_benchmark_compares_the_same_weights_and_tokens():
+    """In float32, before the first step, both lose the same: on full batches and on ragged ones."""
+    import torch
+
+    from benchmarks import gpu
+
+    cpu = torch.device("cpu")
+    setting = gpu.settings(cpu)["A"]
+    plain: dict = {"bf16": False, "compiled": False}
+    padded = gpu.ragged_batches(setting, by_length=False)
+    for batches, masks in ((gpu.full_batches(setting), False), (padded, True)):
+        ours = gpu.Step(setting, cpu, batches=batches, **plain)
+        model = gpu.Reference(setting, masks)
+        theirs = gpu.Step(setting, cpu, model=model, batches=batches, **plain)
+        for _ in batches:
+            a, b = float(ours.loss().detach()), float(theirs.loss().detach())
+            assert a == pytest.approx(b, rel=1e-5)
+    together = gpu.ragged_batches(setting, by_length=True)
+
+    def pairs(batches):  # without their pads, in any order
+        rows = [row for src, *rest in batches for row in zip(src, *rest, strict=True)]
+        return sorted([[int(i) for i in x if i] for x in row] for row in rows)
+
+    assert pairs(together) == pairs(padded)
+    assert sum(src.numel() for src, *_ in together) < sum(src.numel() for src, *_ in padded)

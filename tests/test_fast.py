@@ -50,6 +50,37 @@ def test_a_source_of_pads_alone_is_decoded_as_plainly():
     assert fast.greedy(twin, src, max_len=5) == decoding.greedy(twin, src, max_len=5)
 
 
+@pytest.mark.parametrize("n_rows", [1, 3])
+def test_the_packed_product_is_the_product(n_rows):
+    assert torch.backends.mkldnn.is_available()  # else there is nothing to see
+    torch.manual_seed(0)
+    parts, x = [torch.nn.Linear(24, n) for n in (24, 7)], torch.randn(n_rows, 24)
+    with torch.no_grad():
+        found = fast.product(*parts, packed=True)(x)
+        expected = torch.cat([part(x) for part in parts], dim=-1)
+        # Each a sum of 25 terms: off by as many roundings of their sizes at most
+        sizes = torch.cat([x.abs() @ p.weight.abs().T + p.bias.abs() for p in parts], dim=-1)
+        off = (found - expected).abs() / sizes
+        assert found.shape == expected.shape
+        assert float(off.max()) <= 2 * 25 * torch.finfo(torch.float32).eps
+        table = torch.nn.Embedding(5, 24)
+        off = fast.product(table, packed=True)(x) - x @ table.weight.T
+        assert float(off.abs().max()) <= 2 * 24 * 24 * torch.finfo(torch.float32).eps
+
+
+def test_in_float32_it_is_packed_and_chooses_the_same_tokens(monkeypatch):
+    twin = to_torch(make_model(CONFIG, 4)).float().eval()
+    src = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    seen = []
+    product = fast.product
+    monkeypatch.setattr(
+        fast, "product", lambda *a, packed: seen.append(packed) or product(*a, packed=packed)
+    )
+    assert fast.greedy(twin, src, max_len=5) == decoding.greedy(twin, src, max_len=5)
+    assert seen
+    assert all(seen)
+
+
 @settings(max_examples=1)
 @given(seeds)
 def test_the_compiled_step_is_the_step(seed):
@@ -61,8 +92,10 @@ def test_the_compiled_step_is_the_step(seed):
         decoder = fast.StaticDecoder(twin, cache, 5, [0, 1])
         token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)
         traced = torch.compile(decoder.step, fullgraph=True, backend="eager", dynamic=False)
-        again = traced(token, decoder.position, 5)
-        assert torch.equal(decoder.step(token, decoder.position, 5), again)
+        again = traced(token, decoder.position, None)
+        assert torch.equal(decoder.step(token, decoder.position, None), again)
+        n_seen = int(decoder.position) + 1
+        assert torch.equal(decoder.step(token, decoder.position, n_seen), again)
 
 
 def test_refuses():

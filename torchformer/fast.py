@@ -6,6 +6,7 @@ Each of that is another shape for the GPU, and a question that the CPU has to as
     the cache has room for the whole answer from the start, and is written in place
     the position is a tensor, and what lies after it is masked
     q, k and v are one product, of weights laid together beforehand
+    on the CPU, products of few rows are oneDNN's, in its own layout
     everybody decodes to the end; who has ended is looked at every few tokens
 
 and on CUDA one step is one graph, launched at once.  The tokens are those of decoding.greedy.
@@ -20,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from npformer.answers import check_decoding, check_max_len
-from torchformer.attention import MultiHeadAttention
 from torchformer.cache import Cache, around
 from torchformer.transformer import Transformer
 
@@ -78,9 +78,9 @@ def continued(
     check_max_len(prompt.shape[1] + n_tokens - 1, model.config.max_len)
     B, P = prompt.shape
     logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
-    decoder = StaticDecoder(model, cache, P + n_tokens, never or [])
-    step: Callable[[Tensor, Tensor, int], Tensor] = decoder.step
     is_compiled = prompt.is_cuda if compiled is None else compiled
+    decoder = StaticDecoder(model, cache, P + n_tokens, never or [], packed=not is_compiled)
+    step: Callable[[Tensor, Tensor, int | None], Tensor] = decoder.step
     if is_compiled:
         step = torch.compile(step, fullgraph=True, mode="reduce-overhead", dynamic=False)
     tokens = torch.full((B, n_tokens), 0 if eos_id is None else eos_id, device=prompt.device)
@@ -93,7 +93,7 @@ def continued(
         if is_look and (tokens[:, : i + 1] == eos_id).any(dim=1).all():
             break
         # One graph needs one shape: all of the room.  Without, what is not there yet is left out
-        n_seen = P + n_tokens if is_compiled else P + i + 1
+        n_seen = None if is_compiled else P + i + 1
         token = step(token, decoder.position, n_seen).clone()  # a graph's output is written over
         decoder.position += 1
     return tokens
@@ -104,9 +104,16 @@ def up_to(tokens: list[int], eos_id: int) -> list[int]:
 
 
 class StaticDecoder:
-    """A model and the caches of one batch, from which `step` makes the next token."""
+    """A model and the caches of one batch, from which `step` makes the next token.
 
-    def __init__(self, model: Transformer, cache: Cache, room: int, never: list[int]):
+    room     positions to make room for
+    never    tokens that are not chosen
+    packed   see `product`; what is compiled cannot read such weights
+    """
+
+    def __init__(
+        self, model: Transformer, cache: Cache, room: int, never: list[int], packed: bool = False
+    ):
         device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
         self.model, self.room = model, room
         self.position = torch.tensor([cache.length], device=device)  # of the next token
@@ -117,41 +124,55 @@ class StaticDecoder:
         self.positions = table[:room].to(dtype)  # (room, C)
         # A pad in the prompt stays masked; what is decoded here is attended to
         assert cache.tgt_mask is not None  # the prompt has been read
-        B = len(cache.tgt_mask)
+        B, self.has_pads = len(cache.tgt_mask), not bool(cache.tgt_mask.all())
         self.known = torch.ones((B, 1, 1, room), dtype=torch.bool, device=device)
         self.known[..., : cache.length] = cache.tgt_mask
         self.places = torch.arange(room, device=device)
-        self.memory_open = self.has_memory = None
-        if cache.memory_mask is not None:
+        self.memory_open = self.has_memory = None  # no mask: every kernel is faster without one
+        if cache.memory_mask is not None and not bool(cache.memory_mask.all()):
             some = cache.memory_mask.any(dim=-1, keepdim=True)  # (B, 1, 1, 1)
             self.memory_open = cache.memory_mask | ~some
             self.has_memory = None if bool(some.all()) else some
+        self.head = product(model.head or model.tgt_embedding, packed=packed)  # tied: the table
         self.layers = [
-            StaticLayer(layer, held, room)
+            StaticLayer(layer, held, room, packed)
             for layer, held in zip(model.decoder.layers, cache.layers, strict=True)
         ]
 
-    def step(self, token: Tensor, position: Tensor, n_seen: int) -> Tensor:
-        """token (B,) at `position` (1,) < n_seen   ->   the most likely next token (B,)"""
+    def step(self, token: Tensor, position: Tensor, n_seen: int | None) -> Tensor:
+        """token (B,) at `position` (1,)   ->   the most likely next token (B,)
+
+        n_seen   position + 1, to read no more of the room; None: all of it, and mask the rest
+        """
         model = self.model
         scale = math.sqrt(model.config.d_model) if model.config.scale_embedding else 1.0
         x = model.tgt_embedding(token) * scale + self.positions[position]  # (B, C)
-        visible = (self.known & (self.places <= position))[..., :n_seen]  # (B, 1, 1, n_seen)
+        if n_seen is None:
+            visible = self.known & (self.places <= position)  # (B, 1, 1, room)
+        else:
+            visible = self.known[..., :n_seen] if self.has_pads else None  # (B, 1, 1, n_seen)
         for layer in self.layers:
-            x = layer.step(x, position, visible, self.memory_open, self.has_memory)
+            x = layer.step(x, position, n_seen, visible, self.memory_open, self.has_memory)
         y = model.decoder.norm(x) if model.decoder.norm else x
-        logits = F.linear(y, model.tgt_embedding.weight) if model.head is None else model.head(y)
-        return (logits + self.forbidden).argmax(dim=-1)
+        return (self.head(y) + self.forbidden).argmax(dim=-1)
 
 
 class StaticLayer:
     """One decoder layer with its keys and values (B, H, room, D), written in place."""
 
-    def __init__(self, layer: Any, held: Any, room: int):
+    def __init__(self, layer: Any, held: Any, room: int, packed: bool):
         self.layer = layer
-        self.qkv = laid_together(layer.self_attn)
+        own, wide = layer.self_attn, layer.feed_forward
+        self.qkv = product(own.q_proj, own.k_proj, own.v_proj, packed=packed)
+        self.own_out = product(own.out_proj, packed=packed)
+        if held.memory:
+            across = layer.cross_attn
+            self.ask = product(across.q_proj, packed=packed)
+            self.memory_out = product(across.out_proj, packed=packed)
+        self.expand = product(wide.linear1, packed=packed)
+        self.contract = product(wide.linear2, packed=packed)
         self.keys, self.values = (self._room(x, room) for x in (held.own.keys, held.own.values))
-        self.memory = held.memory
+        self.memory: Any = held.memory
 
     @staticmethod
     def _room(x: Tensor, room: int) -> Tensor:
@@ -164,7 +185,8 @@ class StaticLayer:
         self,
         x: Tensor,
         position: Tensor,
-        visible: Tensor,
+        n_seen: int | None,
+        visible: Tensor | None,
         memory_open: Tensor | None,
         has_memory: Tensor | None,
     ) -> Tensor:
@@ -177,31 +199,44 @@ class StaticLayer:
             q, k, v = heads.unbind(1)  # (B, H, 1, D)
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)
-            n_seen = visible.shape[-1]
             keys, values = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
-            return layer.self_attn.out_proj(y.reshape(B, C))
+            return self.own_out(y.reshape(B, C))
 
         def ask_memory(x: Tensor) -> Tensor:
-            attention = layer.cross_attn
-            q = attention.q_proj(x).view(B, -1, 1, attention.d_head)  # (B, H, 1, D)
+            q = self.ask(x).view(B, -1, 1, layer.cross_attn.d_head)  # (B, H, 1, D)
             keys, values = self.memory.keys, self.memory.values
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=memory_open)
             if has_memory is not None:
                 y = torch.where(has_memory, y, 0)
-            return attention.out_proj(y.reshape(B, C))
+            return self.memory_out(y.reshape(B, C))
+
+        def feed_forward(x: Tensor) -> Tensor:
+            return self.contract(layer.feed_forward.activation(self.expand(x)))
 
         norms = [layer.norm1, layer.norm2]
         x = around(look_back, x, norms[0], layer.norm_first)
         if self.memory is not None:
             x = around(ask_memory, x, norms[1], layer.norm_first)
             norms.append(layer.norm3)
-        return around(layer.feed_forward, x, norms[-1], layer.norm_first)
+        return around(feed_forward, x, norms[-1], layer.norm_first)
 
 
-def laid_together(attention: MultiHeadAttention) -> Callable[[Tensor], Tensor]:
-    """x (..., C)   ->   q, k, v side by side (..., 3 C), by one product."""
-    parts: list[nn.Linear] = [attention.q_proj, attention.k_proj, attention.v_proj]
-    weight = torch.cat([part.weight for part in parts])
-    bias = torch.cat([part.bias for part in parts])
+def product(
+    first: nn.Linear | nn.Embedding, *others: nn.Linear, packed: bool
+) -> Callable[[Tensor], Tensor]:
+    """x (..., C)   ->   what linears make of it, side by side, by one product.
+
+    For few rows, reading the weights is most of the work.  `packed`, on the CPU: oneDNN reads them
+    as they lie, where the BLAS behind F.linear rearranges them first, every time.
+    """
+    weight: Tensor = first.weight
+    bias: Any = first.bias if isinstance(first, nn.Linear) else None
+    if others:
+        weight = torch.cat([weight, *(part.weight for part in others)])
+        bias = torch.cat([bias, *(part.bias for part in others)])
+    is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if packed and is_float32_on_cpu and torch.backends.mkldnn.is_available():
+        w, b = weight.to_mkldnn(), None if bias is None else bias.to_mkldnn()
+        return lambda x: F.linear(x.to_mkldnn(), w, b).to_dense()
     return lambda x: F.linear(x, weight, bias)
