@@ -280,6 +280,7 @@ BACKENDS = {
     "torch": (TORCH, "torch"),
     "fused": (f"{TORCH}, fused Adam", "torch"),
     "compile": (f"{TORCH}, compiled", "torch"),
+    "twin-compile": ("torchformer, compiled", "torch"),
     "jax": ("JAX, jit", "jax"),
     "floor": (FLOOR, "numpy"),
 }
@@ -308,6 +309,7 @@ def make(
 
         step = JaxStep(problem)
         return Contender(name, step, jax_threads), step
-    kind = "torchformer" if backend == "torchformer" else "reference"
-    step = TorchStep(problem, kind, device, fused=backend == "fused", compiled=backend == "compile")
+    kind = "torchformer" if backend in ("torchformer", "twin-compile") else "reference"
+    is_compiled = backend in ("compile", "twin-compile")
+    step = TorchStep(problem, kind, device, fused=backend == "fused", compiled=is_compiled)
     return Contender(name, step, torch_threads), step

@@ -22,10 +22,10 @@ from npformer import Transformer, greedy
 
 DESCRIPTION = """\
 Time greedy decoding of exactly 64 tokens, in turns, with equal threads and from the same weights
-and sources: npformer and torchformer with their cache; torchformer and torch.nn.Transformer
-without one, which encode once and run the whole decoder again for each token, as their users do;
-and generate() of Hugging Face's Marian, a random model of the same size with its cache
-(pip install transformers).
+and sources: npformer and torchformer with their cache, the latter also in fixed shapes
+(torchformer/fast.py); torchformer and torch.nn.Transformer without one, which encode once and run
+the whole decoder again for each token, as their users do; and generate() of Hugging Face's
+Marian, a random model of the same size with its cache (pip install transformers).
 
 All but Marian, whose positions are laid out differently, must give the same tokens.
 
@@ -33,9 +33,10 @@ All but Marian, whose positions are laid out differently, must give the same tok
 """
 N_TOKENS = 64
 PAD, SOS = 0, 1  # the end is never chosen: greedy is told that it is the start, which never is
-NPFORMER, TWIN, TWIN_UNCACHED, TORCH, MARIAN = (
+NPFORMER, TWIN, TWIN_FAST, TWIN_UNCACHED, TORCH, MARIAN = (
     "npformer",
     "torchformer",
+    "torchformer, fast",
     "torchformer, no cache",
     "torch.nn.Transformer, no cache",
     "Hugging Face Marian",
@@ -43,6 +44,7 @@ NPFORMER, TWIN, TWIN_UNCACHED, TORCH, MARIAN = (
 BACKENDS = {  # on the command line -> in the tables, the package that it needs
     "npformer": (NPFORMER, "numpy"),
     "torchformer": (TWIN, "torch"),
+    "fast": (TWIN_FAST, "torch"),
     "uncached": (TWIN_UNCACHED, "torch"),
     "torch": (TORCH, "torch"),
     "marian": (MARIAN, "transformers"),
@@ -80,6 +82,16 @@ def decode_twin(problem: Problem) -> Decode:
 
     twin, src = to_torch(problem.model).eval(), torch.from_numpy(problem.src)
     return lambda: torchformer.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=SOS)
+
+
+def decode_twin_fast(problem: Problem) -> Decode:
+    import torch
+
+    from torchformer import fast
+    from torchformer.convert import to_torch
+
+    twin, src = to_torch(problem.model).eval(), torch.from_numpy(problem.src)
+    return lambda: fast.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=SOS)
 
 
 def decode_twin_uncached(problem: Problem) -> Decode:
@@ -187,6 +199,7 @@ def decode_marian(problem: Problem) -> Decode:
 MAKE = {
     "npformer": decode_numpy,
     "torchformer": decode_twin,
+    "fast": decode_twin_fast,
     "uncached": decode_twin_uncached,
     "torch": decode_torch,
     "marian": decode_marian,

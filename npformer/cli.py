@@ -235,6 +235,20 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (demo, train, check, predict, export):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    lesson = commands.add_parser(
+        "lesson",
+        help="the questions that learners ask, answered by code that runs",
+        description="Print a lesson or, without a number, what they are about.",
+    )
+    lesson.add_argument("number", nargs="?", type=int, metavar="N", help="of the lesson")
+    lesson.add_argument(
+        "--run",
+        dest="live",
+        action="store_true",
+        help="run its code as it is shown, and compare what comes out",
+    )
+    lesson.set_defaults(run=run_lesson)
+
     return top
 
 
@@ -599,6 +613,32 @@ def run_mask(options: argparse.Namespace) -> int:
 
 
 # --- What they share --------------------------------------------------------------------------
+
+
+def run_lesson(options: argparse.Namespace) -> int:
+    from npformer import lessons
+
+    if options.number is None:
+        for path in lessons.files():
+            print(f"{int(path.name[:2]):3}  {lessons.title(path.read_text())}")
+        print("\nnpformer lesson N prints one, npformer lesson N --run runs its code as well.")
+        return 0
+    text = lessons.find(options.number).read_text()
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    pieces = lessons.run(text) if options.live else lessons.split(text)
+    seen = []
+
+    def noted() -> Iterator[Any]:
+        for piece in pieces:
+            seen.append(piece)
+            yield piece
+
+    for part in lessons.shown(noted(), colour=colour):
+        print(part, end="", flush=True)
+    if options.live:
+        same = lessons.joined(iter(seen)) == text
+        print("\nEvery output is as it is written down." if same else "\nSome outputs differ here.")
+    return 0
 
 
 def _compare(model: Transformer, task: Task, examples: Sequence[tasks.Example], say) -> dict:
