@@ -112,9 +112,18 @@ def refreshed(text: str, quote: Callable[[Piece], str] | None = None) -> str:
     return joined(run(text, quote))
 
 
-def run(text: str, quote: Callable[[Piece], str] | None = None) -> Iterator[Piece]:
-    """The pieces of a lesson one by one, each with what it gives when it is run now."""
-    names: dict[str, Any] = {"__name__": "lesson"}
+def run(
+    text: str,
+    quote: Callable[[Piece], str] | None = None,
+    names: dict[str, Any] | None = None,
+) -> Iterator[Piece]:
+    """The pieces of a lesson one by one, each with what it gives when it is run now.
+
+    quote   the source that belongs into a piece that quotes; by default what stands there
+    names   the namespace to run in
+    """
+    names = {} if names is None else names
+    names["__name__"] = "lesson"
     with np.printoptions():  # whatever a lesson sets ends with it
         for piece in split(text):
             if piece.kind == "prose":
@@ -165,8 +174,6 @@ def _checked(match: re.Match, names: dict[str, Any]) -> str:
         shown = value
     else:
         shown = f"{value:{comma}.{decimals}f}"
-        if isinstance(value, int | np.integer):
-            shown = f"{value:{comma}d}"
     if number.startswith("+"):
         shown = f"+{shown}"
     if number.startswith("−"):

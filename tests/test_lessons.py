@@ -149,13 +149,13 @@ Half is 0.50<!--= x / 2 -->, and `(1,)`<!--= (x,) --> a tuple; `x * x`<!--: x * 
 ...     print([i, x / 3])
 [0, 0.3333333333333333]
 [1, 0.3333333333333333]
->>> 1 / 0
+>>> int("1x")
 Traceback (most recent call last):
     ...
-ZeroDivisionError: division by zero
+ValueError: invalid literal for int() with base 10: '1x'
 ```
 
-As 1<!--= x --> and −1.0e-3<!--= -x / 1000 -->, 1,000<!--= 1000 * x --> and +2.0**<!--= 2 * x -->.
+As 1<!--= x --> and −1.0e-3<!--= -x / 10**3 -->, 1,000<!--= 1000 * x --> and +2.0**<!--= 2 * x -->.
 
 <!-- source: npformer/ops.py relu, less its docstring -->
 ```python
@@ -177,12 +177,11 @@ def small():
 def test_a_lesson_refreshed_is_settled():
     text = small()
     assert "[1, 0.3333333333333333]" in text
-    assert "ZeroDivisionError: division by zero" in text
+    assert "ValueError: invalid literal for int()" in text
     assert "Half is 0.50<!--" in text
     assert "−1.0e-3<!--" in text
     assert "+2.0**<!--" in text
     assert text.count("def relu(") == 2
-    assert "dx = dy * (x > 0)" in text or "x > 0" in text
     assert lessons.refreshed(text, refresh.quote) == text
 
 
