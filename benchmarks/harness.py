@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -175,7 +176,8 @@ def numpy_threads() -> int:
 
 
 def _is_numpys(pool: dict[str, Any]) -> bool:
-    return pool["user_api"] == "blas" and "torch" not in pool["filepath"]
+    """torch and SciPy, which transformers and JAX load, bring a BLAS of their own."""
+    return pool["user_api"] == "blas" and not re.search(r"torch|scipy\W", pool["filepath"])
 
 
 def torch_threads() -> int:

@@ -56,6 +56,25 @@ def test_unequal_threads_are_not_compared():
         measure(contenders, rounds=1)
 
 
+@pytest.mark.parametrize(
+    ("file", "is_numpys"),
+    [
+        ("numpy.libs/libscipy_openblas64_-32a4b2a6.so", True),
+        ("numpy/.dylibs/libscipy_openblas64_.dylib", True),
+        ("lib/libmkl_rt.so.2", True),
+        ("scipy.libs/libscipy_openblas-6cdc3b4a.so", False),  # transformers loads it when it likes
+        ("scipy/.dylibs/libscipy_openblas.dylib", False),
+        ("torch/lib/libopenblas.so", False),
+    ],
+)
+def test_the_threads_of_numpy_are_those_of_its_own_blas(file, is_numpys, monkeypatch):
+    import threadpoolctl
+
+    pool = {"user_api": "blas", "num_threads": 7, "filepath": f"/site-packages/{file}"}
+    monkeypatch.setattr(threadpoolctl, "threadpool_info", lambda: [pool])
+    assert harness.numpy_threads() == (7 if is_numpys else 1)
+
+
 def test_who_says_one_thread_and_takes_two_cores_is_caught(monkeypatch):
     ticks = iter(range(10**6))
     monkeypatch.setattr(time, "process_time", lambda: 3.0 * next(ticks))  # three cores' worth

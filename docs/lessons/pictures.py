@@ -23,6 +23,7 @@ from npformer import lessons, masks
 
 FOLDER = Path(__file__).parent / "pictures"
 INK, BLUE, ORANGE, GREEN = "#808890", "#4493f8", "#d08b19", "#35a04b"
+PURPLE, GREY = "#a371f7", "#808890"
 NOTHING = "#80889030"  # what may not be seen, what is empty
 DIVERGING = LinearSegmentedColormap.from_list("npformer", [ORANGE, "#80889000", BLUE])
 STYLE = {
@@ -47,7 +48,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {}
 
 
 def picture(draw: Callable[[], Figure]) -> Callable[[], Figure]:
-    PICTURES[draw.__name__.replace("_", "-")] = draw
+    PICTURES[draw.__name__.strip("_").replace("_", "-")] = draw
     return draw
 
 
@@ -196,12 +197,92 @@ def shift() -> Figure:
     return figure
 
 
-def namespace(number: int) -> dict[str, Any]:
-    """What a lesson's code has defined in the end: a picture shows what the text says."""
+def said_before(name: str) -> dict[str, Any]:
+    """What the lesson's code has defined where it shows this picture, which then shows just that."""
     names: dict[str, Any] = {}
-    for _ in lessons.run(lessons.find(number).read_text(), names=names):
-        pass
+    (path,) = (path for path in lessons.files() if f"(pictures/{name}.svg)" in path.read_text())
+    for piece in lessons.run(path.read_text(), names=names):
+        if f"(pictures/{name}.svg)" in piece.text:
+            break
     return names
+
+
+def curves(axes: Any, lines: dict[str, tuple[Any, Any]], colours: list[str], **how: Any) -> None:
+    """Each with its name at its end, so that nobody has to compare colours with a legend.
+
+    Scales and limits have to be there: names that would overlap are moved apart.
+    """
+    lowest = -np.inf
+    for colour, (name, (x, y)) in sorted(
+        zip(colours, lines.items(), strict=True), key=lambda line: line[1][1][1][-1]
+    ):
+        axes.plot(x, y, color=colour, **how)
+        _, height = axes.transData.transform((x[-1], y[-1])) * 72 / axes.figure.dpi
+        lowest = max(height, lowest + 13)  # points
+        place = (8, lowest - height)
+        axes.annotate(
+            name, (x[-1], y[-1]), place, textcoords="offset points", va="center", color=colour
+        )
+
+
+@picture
+def residuals() -> Figure:
+    """How large a gradient of size 1 is when it has come through the layers."""
+    reached = said_before("residuals")["reached"]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, tuple[Any, Any]] = {}
+    for name in dict.fromkeys(name for name, _ in reached):
+        depths = [L for kind, L in reached if kind == name]
+        lines[name] = (depths, [reached[name, L] for L in depths])
+    axes.set(xlabel="layers", ylabel="size of the gradient at the input", yscale="log")
+    axes.set(xticks=depths, xlim=(0, 32), ylim=(1e-6, 1e10))
+    curves(axes, lines, [ORANGE, GREY, PURPLE, GREEN, BLUE], marker="o", markersize=4)
+    axes.spines["bottom"].set_bounds(0, max(depths))
+    return figure
+
+
+@picture
+def learning_rate() -> Figure:
+    """The loss over the steps, smoothed over ten, for each rate."""
+    losses = said_before("learning-rate")["CURVES"]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    window = np.full(10, 0.1)
+    smooth = {rate: np.convolve(run, window, "valid") for rate, run in losses.items()}
+    lines = {f"{rate:g}": (np.arange(10, 10 + len(run)), run) for rate, run in smooth.items()}
+    n_steps = len(next(iter(losses.values())))
+    axes.set(xlabel="step", ylabel="loss, nats per token", xlim=(10, 1.12 * n_steps))
+    axes.set(yscale="log", ylim=(0.2, 50), yticks=(0.3, 1, 3, 10, 30))
+    axes.set(xticks=range(30, n_steps + 1, 30))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
+    curves(axes, lines, [ORANGE, GREY, BLUE, GREEN, PURPLE], lw=1.6)
+    axes.spines["bottom"].set_bounds(10, n_steps)
+    return figure
+
+
+@picture
+def attention() -> Figure:
+    """A trained decoder while it says "thought": whom its positions ask, back and across."""
+    names = said_before("attention")
+    letters, sounds, across, back = (names[n] for n in ("letters", "sounds", "across", "back"))
+    read = ["SOS", *sounds[:-1]]
+    figure, axes = drawing(20, 7.4)
+    for x, weights, keys, name in (
+        (3.4, back, read, "self-attention: what it has said"),
+        (11.4, across, letters, "cross-attention: what it was given"),
+    ):
+        shades = [[f"{BLUE}{round(255 * w**0.7):02x}" for w in row] for row in weights.tolist()]
+        cells(axes, x, 2, np.full(weights.shape, ""), shades)
+        axes.text(x + len(keys) / 2, 0.6, name, ha="center", fontsize=12)
+        for j, key in enumerate(keys):
+            axes.text(x + j + 0.5, 1.8, key, ha="center", fontsize=10)
+        for i, (token, sound) in enumerate(zip(read, sounds, strict=True)):
+            said = f"{token} → {sound}" if x < 10 else sound
+            axes.text(x - 0.2, i + 2.5, said, ha="right", va="center", fontsize=10)
+    axes.text(0, 6.9, "a row reads one token and says the next; the stronger the blue, the more it looks there")
+    return figure
 
 
 def main(arguments: list[str]) -> None:
@@ -217,8 +298,6 @@ def save(name: str, folder: Path) -> None:
     with mpl.rc_context(STYLE):
         PICTURES[name]().savefig(folder / f"{name}.svg", metadata={"Date": None})
 
-
-PICTURES["masks"] = PICTURES.pop("masks-")
 
 if __name__ == "__main__":
     main(sys.argv[1:])
