@@ -1,11 +1,15 @@
 """A lesson is what its code gives: outputs, numbers in the prose and quoted sources."""
 
+import ast
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import npformer
 from npformer import cli, lessons
 
 ROOT = Path(__file__).parent.parent
@@ -124,11 +128,114 @@ def test_a_lesson_stands_alone(path):
     assert "```pycon" in exercises[1], "answers that run"
 
 
+# --- The pages around them ---------------------------------------------------------------------
+
+DOCS = ROOT / "docs"
+CONTENTS, GLOSSARY = (DOCS / "README.md").read_text(), (DOCS / "glossary.md").read_text()
+
+
+def anchor(heading):
+    """As it is made where the pages are hosted: letters, digits, underscores, hyphens for spaces."""
+    text = re.sub(r"<!--.*?-->", "", heading).lower().strip()
+    kept = (c for c in text if c in " -" or unicodedata.category(c)[0] in "LM" or c in "_0123456789")
+    return "".join(kept).replace(" ", "-")
+
+
 def test_the_table_of_contents_has_every_lesson():
-    contents = (ROOT / "docs" / "README.md").read_text()
+    assert len(FILES) == 20
     for path in FILES:
-        title = lessons.title(TEXTS[path])
-        assert f"[{title}](lessons/{path.name})" in contents, title
+        row = f"| {int(path.name[:2])} | [{lessons.title(TEXTS[path])}](lessons/{path.name}) |"
+        assert row in CONTENTS
+
+
+@pytest.mark.parametrize("page", [CONTENTS, GLOSSARY], ids=["README", "glossary"])
+def test_what_is_linked_is_there_down_to_the_heading(page):
+    for said, target, _, heading in re.findall(r"\[([^\]]*)\]\(([^)#]+)(#([^)]+))?\)", page):
+        file = DOCS / target
+        assert file.exists(), target
+        if said.isdigit():
+            assert int(said) == int(file.name[:2]), target
+        if heading:
+            there = re.findall(r"^##+ (.*)$", file.read_text(), re.MULTILINE)
+            assert heading in [anchor(title) for title in there], f"{target}#{heading}"
+
+
+def test_both_long_paths_lead_through_lessons_once():
+    for name, wanted in (("One evening", 5), ("One weekend", 20)):
+        part = CONTENTS.split(f"## {name}\n")[1].split("\n## ")[0]
+        found = re.findall(r"\(lessons/(\d\d)-", part)
+        assert len(found) == len(set(found)) == wanted
+
+
+def test_the_names_that_the_glossary_calls_ours_are_ours():
+    """Each word is a letter of the legend or a name in our code, each capital one of the sizes."""
+    names = {"rng="}
+    for path in (ROOT / "npformer").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names |= {getattr(node, field, None) for field in ("id", "attr", "arg", "name")}
+    letters = re.findall(r"\b([A-Z])\b", npformer.__doc__.split("Letters")[1])
+    rows = re.findall(r"^\|(.*)\|(.*)\|(.*)\|(.*)\|$", GLOSSARY, re.MULTILINE)
+    rows = [row for row in rows if "---" not in row[0] and "elsewhere" not in row[0]]
+    assert len(rows) > 40
+    for theirs, ours, what, _ in rows:
+        for code in re.findall(r"`([^`]+)`", ours):
+            for word in re.split(r" & |~", code):
+                assert not word or word in names, f"{theirs.strip()}: we have no {word}"
+        for letter in re.findall(r"\b([A-Z])\b", re.sub(r"`[^`]+`", "", ours)):
+            assert letter in letters, f"{theirs.strip()}: {letter}"
+        assert theirs.strip()
+        assert what.strip()
+
+
+@pytest.mark.parametrize(
+    "name",
+    "d_k head_dim embed_dim hidden_dim trg energy fc_q W_q combine_heads src_mask tgt_mask".split(),
+)
+def test_the_glossary_has_the_names_that_people_ask_for(name):
+    theirs = " ".join(line.split("|")[1] for line in GLOSSARY.splitlines() if line.count("|") > 3)
+    assert f"`{name}`" in theirs
+
+
+def test_every_picture_is_drawn_by_a_command_and_stands_in_a_lesson():
+    pictures = pytest.importorskip("pictures", reason="the pictures need matplotlib")
+    shown = set(re.findall(r"\(pictures/([\w-]+)\.svg\)", "".join(TEXTS.values())))
+    files = {path.stem for path in (FOLDER / "pictures").iterdir()}
+    assert shown == files == set(pictures.PICTURES)
+
+
+QUICK = ["attention", "broadcast", "heads", "masks", "positions", "residuals", "shift"]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_picture_is_what_its_command_draws(name, tmp_path):
+    """The same words in the same places; lines and letters differ from one matplotlib to another."""
+    pictures = pytest.importorskip("pictures", reason="the pictures need matplotlib")
+    pictures.save(name, tmp_path)
+    now, then = (folder / f"{name}.svg" for folder in (tmp_path, FOLDER / "pictures"))
+    words = re.compile(r"<!-- (.*?) -->")
+    assert words.findall(now.read_text()) == words.findall(then.read_text())
+
+
+def luminance(colour):
+    """Of sRGB "#rrggbb", by WCAG 2."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return np.dot(linear, [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "pictures").iterdir()), ids=lambda p: p.stem)
+def test_a_picture_can_be_read_on_white_and_on_black(path):
+    """Nothing behind it, and every line and letter at 3:1 or more, WCAG 2's bound for graphics."""
+    picture = path.read_text()
+    background = re.search(r'id="patch_1">.*?style="(.*?)"', picture, re.DOTALL)
+    assert background
+    assert background[1] == "fill: none"
+    for text in re.findall(r'<g id="text_\d+">\s*<!-- .*? -->\s*<g style="(.*?)"', picture):
+        assert "fill: #" in text, "a text without a colour is black"
+    for colour in set(re.findall(r"#[0-9a-f]{6}", picture)):
+        for page in ("#ffffff", "#0d1117"):
+            low, high = sorted((luminance(colour), luminance(page)))
+            assert (high + 0.05) / (low + 0.05) >= 3, f"{colour} on {page}"
 
 
 def test_many_exercises_are_bugs_of_the_zoo():

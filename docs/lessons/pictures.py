@@ -22,10 +22,10 @@ import npformer
 from npformer import lessons, masks
 
 FOLDER = Path(__file__).parent / "pictures"
-INK, BLUE, ORANGE, GREEN = "#808890", "#4493f8", "#d08b19", "#35a04b"
-PURPLE, GREY = "#a371f7", "#808890"
-NOTHING = "#80889030"  # what may not be seen, what is empty
-DIVERGING = LinearSegmentedColormap.from_list("npformer", [ORANGE, "#80889000", BLUE])
+INK, BLUE, ORANGE, GREEN = "#747b84", "#4493f8", "#c17d10", "#35a04b"
+PURPLE, GREY = "#a371f7", "#747b84"
+NOTHING = "#747b8430"  # what may not be seen, what is empty
+DIVERGING = LinearSegmentedColormap.from_list("npformer", [ORANGE, "#747b8400", BLUE])
 STYLE = {
     "text.color": INK,
     "axes.labelcolor": INK,
