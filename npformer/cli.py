@@ -1,6 +1,7 @@
 """The command line: `npformer demo | train | check | predict | export | pronounce`."""
 
 import argparse
+import difflib
 import json
 import os
 import sys
@@ -636,8 +637,15 @@ def run_lesson(options: argparse.Namespace) -> int:
     for part in lessons.shown(noted(), colour=colour):
         print(part, end="", flush=True)
     if options.live:
-        same = lessons.joined(iter(seen)) == text
-        print("\nEvery output is as it is written down." if same else "\nSome outputs differ here.")
+        lines = text.splitlines(), lessons.joined(iter(seen)).splitlines()
+        differ = [line for line in difflib.ndiff(*lines) if line.startswith(("- ", "+ "))]
+        print(
+            "It is not what is written down (-) that came out here, but (+):"
+            if differ
+            else "All of it came out as it is written down.",
+            *differ,
+            sep="\n",
+        )
     return 0
 
 

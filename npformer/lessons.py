@@ -19,10 +19,10 @@ import shutil
 import textwrap
 import traceback
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -123,27 +123,36 @@ def run(
     names   the namespace to run in
     """
     names = {} if names is None else names
-    names["__name__"] = "lesson"
     with np.printoptions():  # whatever a lesson sets ends with it
         for piece in split(text):
-            if piece.kind == "prose":
-                for formula in FORMULA.finditer(piece.text):
-                    _check(formula, names)
-                yield piece._replace(text=CHECKED.sub(lambda m: _checked(m, names), piece.text))
-            elif piece.kind == "session":
-                yield piece._replace(text="".join(_session(piece.text, names)))
-            elif piece.kind in ("source", "bug"):
-                shown = quote(piece) if quote else piece.text
-                if piece.kind == "bug":
-                    _plant(piece.about, shown, names)
-                yield piece._replace(text=shown)
-            else:
-                yield piece
+            yield again(piece, names, quote)
+
+
+def again(
+    piece: Piece, names: dict[str, Any], quote: Callable[[Piece], str] | None = None
+) -> Piece:
+    """One piece with what it gives now; what it defines is in `names`.   See `run`."""
+    names["__name__"] = "lesson"
+    if piece.kind == "prose":
+        for formula in FORMULA.finditer(piece.text):
+            _check(formula, names)
+        return piece._replace(text=CHECKED.sub(lambda m: _checked(m, names), piece.text))
+    if piece.kind == "session":
+        return piece._replace(text="".join(_session(piece.text, names)))
+    if piece.kind in ("source", "bug"):
+        shown = quote(piece) if quote else piece.text
+        if piece.kind == "bug":
+            _plant(piece.about, shown, names)
+        return piece._replace(text=shown)
+    return piece
+
+
+STATEMENT = re.compile(r"^>>> .*\n(?:^\.\.\.(?: .*)?\n)*", re.MULTILINE)
 
 
 def _session(text: str, names: dict[str, Any]) -> Iterator[str]:
     """The session again: its statements as they are, and what they print now."""
-    for statement in re.findall(r"^>>> .*\n(?:^\.\.\.(?: .*)?\n)*", text, re.MULTILINE):
+    for statement in STATEMENT.findall(text):
         yield statement
         source = "".join(line[4:].rstrip() + "\n" for line in statement.splitlines())
         said = io.StringIO()
@@ -202,52 +211,48 @@ def _plant(about: str, source: str, names: dict[str, Any]) -> None:
 
 # --- Showing in a terminal --------------------------------------------------------------------
 
-BOLD, CYAN, DIM, PLAIN = "\x1b[1m", "\x1b[36m", "\x1b[2m", "\x1b[0m"
 
-
-def shown(pieces: Iterator[Piece], width: int | None = None, colour: bool = False) -> Iterator[str]:
+def shown(pieces: Iterable[Piece], width: int | None = None, colour: bool = False) -> Iterator[str]:
     """A lesson as text for a terminal, piece by piece, `width` columns wide."""
-    width = min(width or shutil.get_terminal_size().columns, 100)
+    from rich.console import Console
+    from rich.markdown import Heading, Markdown
+    from rich.text import Text
+    from rich.theme import Theme
+
+    class Plain(Heading):  # rich's own are in the middle and in boxes
+        def __rich_console__(self, console, options):
+            yield self.text
+            yield Text(("=" if self.tag == "h1" else "-") * min(len(self.text), options.max_width))
+
+    class Prose(Markdown):
+        elements: ClassVar = Markdown.elements | {"heading_open": Plain}
+
+    console = Console(
+        width=min(width or shutil.get_terminal_size().columns, 100),
+        theme=Theme({"markdown.code": "cyan", "markdown.h1": "bold", "markdown.h2": "bold"}),
+        force_terminal=colour,
+        color_system="standard" if colour else None,
+        highlight=False,
+    )
     for piece in pieces:
-        if piece.kind == "prose":
-            yield from _shown_prose(piece.text, width, colour)
-        else:
-            for line in piece.text.splitlines():
-                is_input = line.startswith((">>> ", "... ")) or piece.kind != "session"
-                yield _coloured(_folded(line, width), CYAN if is_input else "", colour) + "\n"
+        with console.capture() as said:
+            if piece.kind == "prose":
+                console.print(Prose(_plain(piece.text)))
+            for line in piece.text.splitlines() if piece.kind != "prose" else ():
+                is_code = piece.kind != "session" or line.startswith((">>> ", "... "))
+                console.print(Text(_folded(line, console.width), "cyan" if is_code else ""))
+        text = "\n".join(line.rstrip() for line in said.get().splitlines()).strip("\n")
+        around = "\n" if piece.kind == "prose" else ""
+        yield f"{around}{text}\n{around}" if text else around
 
 
-def _shown_prose(text: str, width: int, colour: bool) -> Iterator[str]:
+def _plain(text: str) -> str:
+    """Markdown without what is only for a page: comments, foldings, pictures, links."""
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r"</?details>", "", text)
     text = re.sub(r"<summary>(.*?)</summary>", r"**\1**", text)
-    text = re.sub(r"!\[(.*?)\]\(.*?\)", r"[picture: \1]", text, flags=re.DOTALL)
-    text = re.sub(r"\[([^\]]*)\]\((.*?)\)", r"\1 (\2)", text)
-    for paragraph in re.split(r"(\n\s*\n)", text):
-        if not paragraph.strip():
-            yield "\n" if "\n" in paragraph else ""
-            continue
-        if paragraph.lstrip().startswith("#"):
-            heading = paragraph.strip().lstrip("#").strip()
-            yield _coloured(_folded(heading, width), BOLD, colour) + "\n"
-        elif paragraph.lstrip().startswith("|"):
-            yield paragraph.strip("\n").replace("**", "").replace("`", "") + "\n"
-        else:
-            for item in re.split(r"\n(?=\s*(?:- |\d+\. ))", paragraph.strip("\n")):
-                yield _styled(_wrapped(item, width), colour) + "\n"
-
-
-def _wrapped(item: str, width: int) -> str:
-    lead = re.match(r"\s*(?:- |\d+\. )?", item)
-    assert lead is not None
-    rest = " ".join(item[lead.end() :].split())
-    return textwrap.fill(
-        rest,
-        width,
-        initial_indent=lead[0],
-        subsequent_indent=" " * len(lead[0]),
-        break_on_hyphens=False,
-    )
+    text = re.sub(r"!\[(.*?)\]\(.*?\)", r"(picture: \1)", text, flags=re.DOTALL)
+    return re.sub(r"\[([^\]]*)\]\(.*?\)", r"\1", text)
 
 
 def _folded(line: str, width: int) -> str:
@@ -258,12 +263,3 @@ def _folded(line: str, width: int) -> str:
     return textwrap.fill(
         line, width, subsequent_indent=indent, drop_whitespace=False, break_on_hyphens=False
     )
-
-
-def _styled(text: str, colour: bool) -> str:
-    text = re.sub(r"\*\*(.+?)\*\*", rf"{BOLD}\1{PLAIN}" if colour else r"\1", text, flags=re.DOTALL)
-    return re.sub(r"`([^`]+)`", rf"{CYAN}\1{PLAIN}" if colour else r"\1", text)
-
-
-def _coloured(text: str, code: str, colour: bool) -> str:
-    return f"{code}{text}{PLAIN}" if colour and code else text

@@ -137,7 +137,9 @@ CONTENTS, GLOSSARY = (DOCS / "README.md").read_text(), (DOCS / "glossary.md").re
 def anchor(heading):
     """As it is made where the pages are hosted: letters, digits, underscores, hyphens for spaces."""
     text = re.sub(r"<!--.*?-->", "", heading).lower().strip()
-    kept = (c for c in text if c in " -" or unicodedata.category(c)[0] in "LM" or c in "_0123456789")
+    kept = (
+        c for c in text if c in " -" or unicodedata.category(c)[0] in "LM" or c in "_0123456789"
+    )
     return "".join(kept).replace(" ", "-")
 
 
@@ -335,7 +337,9 @@ def test_the_command_lists_the_lessons(capsys):
 def test_there_is_no_lesson_99(capsys):
     code, out, err = said(capsys, "99")
     assert (code, out) == (2, "")
-    assert err == f"npformer lesson: there is no lesson 99; they are 1 to {int(FILES[-1].name[:2])}\n"
+    assert (
+        err == f"npformer lesson: there is no lesson 99; they are 1 to {int(FILES[-1].name[:2])}\n"
+    )
 
 
 def test_a_lesson_without_lessons_is_one_line(capsys, monkeypatch, tmp_path):
@@ -355,8 +359,7 @@ def test_a_lesson_fits_a_narrow_terminal_without_colour(path, width, monkeypatch
     assert "\x1b" not in out
     assert "<!--" not in out
     assert "<details>" not in out
-    prose_lines = [x for x in out.splitlines() if not x.lstrip().startswith("|")]
-    assert max(len(line) for line in prose_lines) <= width
+    assert max(len(line) for line in out.splitlines()) <= width
 
 
 def test_colour_is_for_terminals_alone(monkeypatch):
@@ -370,7 +373,15 @@ def test_a_lesson_runs_live(capsys):
     assert code == 0
     still = said(capsys, "6")[1]
     assert out.startswith(still[:1000])
-    assert out.rstrip().endswith("Every output is as it is written down.")
+    assert out.rstrip().endswith("All of it came out as it is written down.")
+
+
+def test_what_comes_out_differently_is_shown(capsys, monkeypatch, tmp_path):
+    (tmp_path / "01-small.md").write_text(small().replace("[1, 0.3333333333333333]", "[1, 0.34]"))
+    monkeypatch.setattr(lessons, "FOLDERS", (tmp_path,))
+    code, out, _ = said(capsys, "1", "--run")
+    assert code == 0
+    assert out.endswith("here, but (+):\n- [1, 0.34]\n+ [1, 0.3333333333333333]\n")
 
 
 def test_a_lesson_that_needs_what_is_missing_says_so(monkeypatch, capsys):

@@ -23,9 +23,9 @@ from npformer import lessons, masks
 
 FOLDER = Path(__file__).parent / "pictures"
 INK, BLUE, ORANGE, GREEN = "#747b84", "#4493f8", "#c17d10", "#35a04b"
-PURPLE, GREY = "#a371f7", "#747b84"
-NOTHING = "#747b8430"  # what may not be seen, what is empty
-DIVERGING = LinearSegmentedColormap.from_list("npformer", [ORANGE, "#747b8400", BLUE])
+PURPLE, GREY = "#a371f7", INK
+NOTHING = f"{INK}30"  # what may not be seen, what is empty
+DIVERGING = LinearSegmentedColormap.from_list("npformer", [ORANGE, f"{INK}00", BLUE])
 STYLE = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -281,7 +281,11 @@ def attention() -> Figure:
         for i, (token, sound) in enumerate(zip(read, sounds, strict=True)):
             said = f"{token} → {sound}" if x < 10 else sound
             axes.text(x - 0.2, i + 2.5, said, ha="right", va="center", fontsize=10)
-    axes.text(0, 6.9, "a row reads one token and says the next; the stronger the blue, the more it looks there")
+    axes.text(
+        0,
+        6.9,
+        "a row reads one token and says the next; the stronger the blue, the more it looks there",
+    )
     return figure
 
 
