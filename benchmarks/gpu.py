@@ -30,6 +30,7 @@ from npformer import TransformerConfig
 from torchformer import fast
 from torchformer.decoder import DecoderLayer
 from torchformer.encoder import EncoderLayer
+from torchformer.training import cross_entropy
 
 DESCRIPTION = """\
 Measure torchformer on one GPU, in this order, as far as the budget goes: the card's ceilings;
@@ -239,11 +240,6 @@ class Step:
         """A step with each: with batches of several shapes, this is what is timed."""
         for _ in self.batches:
             self()
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """In float32, whatever the logits are in; compiled, it never writes them down as float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=0)
 
 
 def flops_per_token(setting: Setting) -> float:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "lessons")]
 
 import refresh  # noqa: E402
+
 from npformer import lessons  # noqa: E402
 from npformer.lessons import Piece  # noqa: E402
 

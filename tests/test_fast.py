@@ -1,5 +1,8 @@
 """The fast decoder is the one that people read: the same tokens."""
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,17 +71,38 @@ def test_the_packed_product_is_the_product(n_rows):
         assert float(off.abs().max()) <= 2 * 24 * 24 * torch.finfo(torch.float32).eps
 
 
-def test_in_float32_it_is_packed_and_chooses_the_same_tokens(monkeypatch):
-    twin = to_torch(make_model(CONFIG, 4)).float().eval()
+@pytest.mark.parametrize("pays", [True, False])
+def test_with_packed_weights_and_without_it_chooses_the_same_tokens(pays, monkeypatch):
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 4)).float().eval()
     src = torch.tensor([[3, 4, 5], [6, 7, 0]])
-    seen = []
-    product = fast.product
+    seen, product = [], fast.product
+    monkeypatch.setattr(fast, "packing_pays", lambda *_: pays)
     monkeypatch.setattr(
         fast, "product", lambda *a, packed: seen.append(packed) or product(*a, packed=packed)
     )
-    assert fast.greedy(twin, src, max_len=5) == decoding.greedy(twin, src, max_len=5)
-    assert seen
-    assert all(seen)
+    assert fast.greedy(twin, src, max_len=19) == decoding.greedy(twin, src, max_len=19)
+    assert set(seen) == {pays}
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_whether_packing_pays_is_tried_once(slow, monkeypatch):
+    """By the clock: whichever weights make the slower steps are not used, and not tried again."""
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 4)).float().eval()
+    src, steps, step = torch.tensor([[3, 4, 5]]), [], fast.StaticDecoder.step
+
+    def counted(decoder, *arguments):
+        steps.append(decoder.packed)
+        if decoder.packed == slow:
+            time.sleep(0.01)
+        return step(decoder, *arguments)
+
+    monkeypatch.setattr(fast.StaticDecoder, "step", counted)
+    monkeypatch.setattr(fast, "_PAYS", {})
+    for _ in range(2):
+        fast.greedy(twin, src, max_len=19, eos_id=0)
+    assert list(fast._PAYS.values()) == [not slow]
+    assert steps == 3 * [False, True] + 36 * [not slow]
+    assert not fast.packing_pays(twin.double(), twin.start(src), torch.tensor([1]))
 
 
 @settings(max_examples=1)

@@ -135,7 +135,7 @@ CONTENTS, GLOSSARY = (DOCS / "README.md").read_text(), (DOCS / "glossary.md").re
 
 
 def anchor(heading):
-    """As it is made where the pages are hosted: letters, digits, underscores, hyphens for spaces."""
+    """As it is made where the pages are hosted: letters, digits, hyphens for spaces."""
     text = re.sub(r"<!--.*?-->", "", heading).lower().strip()
     kept = (
         c for c in text if c in " -" or unicodedata.category(c)[0] in "LM" or c in "_0123456789"
@@ -189,10 +189,10 @@ def test_the_names_that_the_glossary_calls_ours_are_ours():
         assert what.strip()
 
 
-@pytest.mark.parametrize(
-    "name",
-    "d_k head_dim embed_dim hidden_dim trg energy fc_q W_q combine_heads src_mask tgt_mask".split(),
-)
+ASKED_FOR = "d_k head_dim embed_dim hidden_dim trg energy fc_q W_q combine_heads src_mask tgt_mask"
+
+
+@pytest.mark.parametrize("name", ASKED_FOR.split())
 def test_the_glossary_has_the_names_that_people_ask_for(name):
     theirs = " ".join(line.split("|")[1] for line in GLOSSARY.splitlines() if line.count("|") > 3)
     assert f"`{name}`" in theirs
@@ -210,7 +210,7 @@ QUICK = ["attention", "broadcast", "heads", "masks", "positions", "residuals", "
 
 @pytest.mark.parametrize("name", QUICK)
 def test_a_picture_is_what_its_command_draws(name, tmp_path):
-    """The same words in the same places; lines and letters differ from one matplotlib to another."""
+    """The same words: lines and letters differ from one matplotlib to another."""
     pictures = pytest.importorskip("pictures", reason="the pictures need matplotlib")
     pictures.save(name, tmp_path)
     now, then = (folder / f"{name}.svg" for folder in (tmp_path, FOLDER / "pictures"))
@@ -227,7 +227,7 @@ def luminance(colour):
 
 @pytest.mark.parametrize("path", sorted((FOLDER / "pictures").iterdir()), ids=lambda p: p.stem)
 def test_a_picture_can_be_read_on_white_and_on_black(path):
-    """Nothing behind it, and every line and letter at 3:1 or more, WCAG 2's bound for graphics."""
+    """Nothing behind it; every line and letter at 3:1 or more, WCAG 2's bound for graphics."""
     picture = path.read_text()
     background = re.search(r'id="patch_1">.*?style="(.*?)"', picture, re.DOTALL)
     assert background

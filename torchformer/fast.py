@@ -6,13 +6,14 @@ Each of that is another shape for the GPU, and a question that the CPU has to as
     the cache has room for the whole answer from the start, and is written in place
     the position is a tensor, and what lies after it is masked
     q, k and v are one product, of weights laid together beforehand
-    on the CPU, products of few rows are oneDNN's, in its own layout
+    on the CPU, products of few rows are oneDNN's, in its own layout, where that is faster
     everybody decodes to the end; who has ended is looked at every few tokens
 
 and on CUDA one step is one graph, launched at once.  The tokens are those of decoding.greedy.
 """
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +80,8 @@ def continued(
     B, P = prompt.shape
     logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
     is_compiled = prompt.is_cuda if compiled is None else compiled
-    decoder = StaticDecoder(model, cache, P + n_tokens, never or [], packed=not is_compiled)
+    is_packed = not is_compiled and n_tokens >= 16 and packing_pays(model, cache, prompt[:, -1])
+    decoder = StaticDecoder(model, cache, P + n_tokens, never or [], is_packed)
     step: Callable[[Tensor, Tensor, int | None], Tensor] = decoder.step
     if is_compiled:
         step = torch.compile(step, fullgraph=True, mode="reduce-overhead", dynamic=False)
@@ -115,7 +117,7 @@ class StaticDecoder:
         self, model: Transformer, cache: Cache, room: int, never: list[int], packed: bool = False
     ):
         device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
-        self.model, self.room = model, room
+        self.model, self.room, self.packed = model, room, packed
         self.position = torch.tensor([cache.length], device=device)  # of the next token
         self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=dtype, device=device)
         self.forbidden[never] = -torch.inf
@@ -228,15 +230,44 @@ def product(
     """x (..., C)   ->   what linears make of it, side by side, by one product.
 
     For few rows, reading the weights is most of the work.  `packed`, on the CPU: oneDNN reads them
-    as they lie, where the BLAS behind F.linear rearranges them first, every time.
+    as they lie, where the BLAS behind F.linear rearranges them first, every time; see packing_pays.
     """
     weight: Tensor = first.weight
     bias: Any = first.bias if isinstance(first, nn.Linear) else None
     if others:
         weight = torch.cat([weight, *(part.weight for part in others)])
         bias = torch.cat([bias, *(part.bias for part in others)])
-    is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if packed and is_float32_on_cpu and torch.backends.mkldnn.is_available():
+    if packed and can_pack(weight):
         w, b = weight.to_mkldnn(), None if bias is None else bias.to_mkldnn()
         return lambda x: F.linear(x.to_mkldnn(), w, b).to_dense()
     return lambda x: F.linear(x, weight, bias)
+
+
+def can_pack(weight: Tensor) -> bool:
+    is_float32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return is_float32_on_cpu and torch.backends.mkldnn.is_available()
+
+
+def packing_pays(model: Transformer, cache: Cache, token: Tensor) -> bool:
+    """Is a step with packed weights the faster one, on this machine?   token (B,)
+
+    It depends on whose the processor is: Intel's MKL rearranges as fast as oneDNN reads, on AMD's
+    oneDNN may be twice as fast.  So it is tried, once for each shape of model and batch.
+    """
+    if not can_pack(model.tgt_embedding.weight):
+        return False
+    key = (model.config, len(token), torch.get_num_threads())
+    if key not in _PAYS:
+        n_seen = cache.length + 1
+        plain, packed = (StaticDecoder(model, cache, n_seen, [], p) for p in (False, True))
+        times: dict[StaticDecoder, list[float]] = {plain: [], packed: []}
+        for _ in range(3):
+            for decoder, took in times.items():
+                start = time.perf_counter()
+                decoder.step(token, decoder.position, n_seen)
+                took.append(time.perf_counter() - start)
+        _PAYS[key] = min(times[packed]) < min(times[plain])
+    return _PAYS[key]
+
+
+_PAYS: dict[Any, bool] = {}  # what packing_pays has found out

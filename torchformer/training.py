@@ -41,11 +41,12 @@ class Trainer:
 
         precision   "bfloat16": products and attention in bfloat16 by torch.autocast; parameters,
                     norms, softmax and loss stay float32
-        compiled    torch.compile, layer by layer
+        compiled    torch.compile, layer by layer, and the loss
         """
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.precision = check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
+        self.cross_entropy = torch.compile(cross_entropy) if compiled else cross_entropy
         if compiled:
             for layer in self.model.modules():
                 if isinstance(layer, EncoderLayer | DecoderLayer):
@@ -78,12 +79,7 @@ class Trainer:
         src, tgt = (self._on_device(ids) for ids in batch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             logits = self.model(src, tgt[:, :-1])
-        loss = F.cross_entropy(
-            logits.float().mT,
-            tgt[:, 1:],
-            ignore_index=PAD,
-            label_smoothing=self.recipe.label_smoothing,
-        )
+        loss = self.cross_entropy(logits, tgt[:, 1:], PAD, self.recipe.label_smoothing)
         loss.backward()
         return loss.detach()
 
@@ -148,6 +144,19 @@ class Trainer:
                 state.setdefault(int(i), {})[name] = torch.from_numpy(x)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def cross_entropy(
+    logits: Tensor, targets: Tensor, ignore_index: int = PAD, label_smoothing: float = 0.0
+) -> Tensor:
+    """The mean over the targets that count, in float32.   logits (B, T, V)   targets (B, T)
+
+    Compiled, half-precision logits are read as they are: no float32 copy of them is written.
+    """
+    rows = logits.float().flatten(0, 1)  # (B * T, V)
+    return F.cross_entropy(
+        rows, targets.flatten(), ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
 
 
 class LateNumber:

@@ -3,8 +3,8 @@
     python docs/lessons/pictures.py                  all of them, into docs/lessons/pictures
     python docs/lessons/pictures.py masks heads      these
 
-The background is transparent and every line and letter is of a colour that stands out from white and
-from black.  Needs matplotlib.
+The background is transparent and every line and letter is of a colour that stands out from white
+and from black.  Needs matplotlib.
 """
 
 import sys
@@ -198,7 +198,7 @@ def shift() -> Figure:
 
 
 def said_before(name: str) -> dict[str, Any]:
-    """What the lesson's code has defined where it shows this picture, which then shows just that."""
+    """What the lesson's code has defined where it shows this picture: the picture shows that."""
     names: dict[str, Any] = {}
     (path,) = (path for path in lessons.files() if f"(pictures/{name}.svg)" in path.read_text())
     for piece in lessons.run(path.read_text(), names=names):
