@@ -197,12 +197,8 @@ def test_compiled_layers_take_the_same_steps(monkeypatch):
     task = tasks.load("sort")
     config, recipe = small(task)
     config = replace(config, **presets.NO_DROPOUT)
-    compile_layer = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda self, **options: compile_layer(self, **options, backend="eager"),
-    )
+    compile = torch.compile  # of the loss, and behind Module.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compile(f, **o, backend="eager"))
     plain = torchformer.training.Trainer(config, recipe, 3)
     compiled = torchformer.training.Trainer(config, recipe, 3, compiled=True)
     for i in range(1, 4):

@@ -46,8 +46,9 @@ class Trainer:
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.precision = check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
-        self.cross_entropy = torch.compile(cross_entropy) if compiled else cross_entropy
+        self.cross_entropy: Any = cross_entropy
         if compiled:
+            self.cross_entropy = torch.compile(cross_entropy, fullgraph=True)
             for layer in self.model.modules():
                 if isinstance(layer, EncoderLayer | DecoderLayer):
                     layer.compile(fullgraph=True)
