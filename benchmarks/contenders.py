@@ -131,7 +131,7 @@ class ThreadedStep(NumpyStep):
 
 
 class TorchStep(Step):
-    """`kind`: "torchformer", or "reference" for torch.nn.Transformer."""
+    """`kind`: "torchformer", or torch.nn.Transformer as "reference" or, with masks, "masked"."""
 
     def __init__(
         self,
@@ -146,10 +146,10 @@ class TorchStep(Step):
         super().__init__(problem)
         self.model: Any
         torch.manual_seed(1)
-        if kind == "reference":
+        if kind != "torchformer":
             from benchmarks.torch_reference import TorchTransformer, to_reference
 
-            self.model = TorchTransformer(problem.size, problem.dropout)
+            self.model = TorchTransformer(problem.size, problem.dropout, kind == "masked")
             weights = to_reference(problem.weights)
         else:
             import torchformer
@@ -195,7 +195,7 @@ class TorchStep(Step):
         else:
             loss = self.forward_backward(self.forward).item()
         grads = {n: p.grad.cpu().numpy() for n, p in self.model.named_parameters()}
-        if self.kind == "reference":
+        if self.kind != "torchformer":
             from benchmarks.torch_reference import from_reference
 
             grads = from_reference(grads)
@@ -269,6 +269,7 @@ class SquareProducts:
 
 
 NPFORMER, TORCH, FLOOR = "npformer", "torch.nn.Transformer", "floor"
+TWIN, MASKED = "torchformer", f"{TORCH}, same masks"
 THREADED = "npformer, batch over threads"
 SQUARE = "square products"
 
@@ -276,11 +277,13 @@ SQUARE = "square products"
 BACKENDS = {
     "npformer": (NPFORMER, "numpy"),
     "threads": (THREADED, "numpy"),  # as many Python threads as the others have threads
-    "torchformer": ("torchformer", "torch"),
+    "torchformer": (TWIN, "torch"),
     "torch": (TORCH, "torch"),
     "fused": (f"{TORCH}, fused Adam", "torch"),
     "compile": (f"{TORCH}, compiled", "torch"),
-    "twin-compile": ("torchformer, compiled", "torch"),
+    "masked": (MASKED, "torch"),  # of pads, which torchformer looks for and the others do not
+    "twin-compile": (f"{TWIN}, compiled", "torch"),
+    "masked-compile": (f"{MASKED}, compiled", "torch"),
     "jax": ("JAX, jit", "jax"),
     "floor": (FLOOR, "numpy"),
 }
@@ -309,7 +312,10 @@ def make(
 
         step = JaxStep(problem)
         return Contender(name, step, jax_threads), step
-    kind = "torchformer" if backend in ("torchformer", "twin-compile") else "reference"
-    is_compiled = backend in ("compile", "twin-compile")
-    step = TorchStep(problem, kind, device, fused=backend == "fused", compiled=is_compiled)
+    kind = "reference"
+    if backend in ("torchformer", "twin-compile"):
+        kind = "torchformer"
+    elif backend.startswith("masked"):
+        kind = "masked"
+    step = TorchStep(problem, kind, device, backend == "fused", backend.endswith("compile"))
     return Contender(name, step, torch_threads), step

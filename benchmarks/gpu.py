@@ -355,8 +355,7 @@ class Reference(TorchTransformer):
     def __init__(self, setting: Setting, masks: bool):
         c = setting.config
         shape = (c.d_model, c.n_encoder_layers, c.n_heads, c.d_ff, c.tgt_vocab_size)
-        super().__init__(Size("A", *shape, setting.batch, setting.length))
-        self.masks = masks
+        super().__init__(Size("A", *shape, setting.batch, setting.length), masks=masks)
         self.src_embedding = self.tgt_embedding
         self.head = nn.Linear(c.d_model, c.tgt_vocab_size, bias=False)
         self.head.weight = self.tgt_embedding.weight
@@ -365,20 +364,6 @@ class Reference(TorchTransformer):
         missing, unexpected = self.load_state_dict(state, strict=False)
         assert set(missing) <= {"src_embedding.weight", "head.weight"}, missing  # the same weight
         assert not unexpected, unexpected
-
-    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
-        if not self.masks:
-            return super().forward(src, tgt)
-        is_pad = src == 0  # (B, S); a right-padded target needs none: see the causal mask
-        y = self.transformer(
-            self.embed(self.src_embedding, src),
-            self.embed(self.tgt_embedding, tgt),
-            tgt_mask=self.causal_mask,
-            src_key_padding_mask=is_pad,
-            memory_key_padding_mask=is_pad,
-            tgt_is_causal=True,
-        )
-        return self.head(y)
 
 
 def contenders_a(

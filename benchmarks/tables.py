@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.contenders import FLOOR, NPFORMER, THREADED, TORCH
+from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
 
 DESCRIPTION = """\
@@ -85,12 +85,14 @@ def newest_of(paths: Iterable[Path]) -> dict[str, Result]:
 
 
 def kind_of(result: Result) -> str:
-    """The benchmark, or what its options make of it: "threads", "allocator", "breakdown"."""
+    """The benchmark, or what its options make of it: "threads", "twins", "breakdown", ..."""
     options = result.options
     if result.benchmark != "training":
         return result.benchmark
     if options["profile"]:
         return "breakdown"
+    if options.get("twins"):
+        return "twins"
     if options["threads"] > 1:
         return "threads"
     return "training" if options["keep_freed_memory"] else "allocator"
@@ -115,7 +117,7 @@ def ratios_to(run: Run, names: dict[str, str], name: str = NPFORMER) -> list[str
 
 def summarise_training(result: Result) -> str:
     others = {"torch eager": TORCH, "fused Adam": FUSED, "torch.compile": COMPILED}
-    others |= {"JAX": JAX, "torchformer": "torchformer", "the floor": FLOOR}
+    others |= {"JAX": JAX, TWIN: TWIN, "the floor": FLOOR}
     rows = []
     for run in result.runs:
         name = f"{run.about['config']['name']}, dropout {run.about['dropout']:g}"
@@ -130,7 +132,7 @@ def summarise_threads(result: Result) -> str:
         name = f"{run.about['config']['name']}, dropout {run.about['dropout']:g}"
         rows += [
             [f"{name}: {who}", harness.milliseconds(run[who]), *ratios_to(run, {"": TORCH}, who)]
-            for who in (THREADED, NPFORMER, "torchformer", TORCH)
+            for who in (THREADED, NPFORMER, TWIN, TORCH)
             if who in run
         ]
     return f"{harness.table(['two threads', 'ms', '/ torch eager'], rows)}\n\n{note(result)}"
@@ -146,6 +148,17 @@ def summarise_allocator(result: Result) -> str:
         for run in result.runs
     ]
     header = ["malloc as it comes", "npformer, ms", "torch eager, ms", "npformer / torch"]
+    return f"{harness.table(header, rows)}\n\n{note(result)}"
+
+
+def summarise_twins(result: Result) -> str:
+    rows = []
+    for run in result.runs:
+        name = f"{run.about['config']['name']}, dropout {run.about['dropout']:g}"
+        eager = ratios_to(run, {"": TORCH, "masked": MASKED}, TWIN)
+        compiled = ratios_to(run, {"": f"{MASKED}, compiled"}, f"{TWIN}, compiled")
+        rows.append([name, harness.milliseconds(run[TWIN]), *eager, *compiled])
+    header = ["one step", "torchformer, ms", "/ eager, no masks", "/ eager", "compiled / compiled"]
     return f"{harness.table(header, rows)}\n\n{note(result)}"
 
 
@@ -185,6 +198,7 @@ def note(result: Result) -> str:
 SUMMARIES = {
     "training": summarise_training,
     "threads": summarise_threads,
+    "twins": summarise_twins,
     "allocator": summarise_allocator,
     "decoding": summarise_decoding,
     "startup": summarise_others,

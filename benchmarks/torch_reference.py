@@ -13,13 +13,17 @@ Array = np.ndarray
 
 
 class TorchTransformer(nn.Module):
-    """src (B, S)   tgt (B, T)   ids without padding   ->   logits (B, T, V)"""
+    """src (B, S)   tgt (B, T)   ids, with pads at the end   ->   logits (B, T, V)
+
+    masks   hide the source's pads, as torchformer does; else there must be none
+    """
 
     causal_mask: Tensor
     positions: Tensor
 
-    def __init__(self, size: Size, dropout: float = 0.0):
+    def __init__(self, size: Size, dropout: float = 0.0, masks: bool = False):
         super().__init__()
+        self.masks = masks
         C, T = size.d_model, size.length
         self.src_embedding = nn.Embedding(size.vocab_size, C, padding_idx=0)
         self.tgt_embedding = nn.Embedding(size.vocab_size, C, padding_idx=0)
@@ -43,7 +47,15 @@ class TorchTransformer(nn.Module):
     def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
         x = self.embed(self.src_embedding, src)
         y = self.embed(self.tgt_embedding, tgt)
-        y = self.transformer(x, y, tgt_mask=self.causal_mask, tgt_is_causal=True)
+        is_pad = src == 0 if self.masks else None  # (B, S); the target's come after every token
+        y = self.transformer(
+            x,
+            y,
+            tgt_mask=self.causal_mask,
+            tgt_is_causal=True,
+            src_key_padding_mask=is_pad,
+            memory_key_padding_mask=is_pad,
+        )
         return self.head(y)
 
     def embed(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:

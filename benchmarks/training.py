@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add("--compile", action="store_true", help="also torch.compile (a minute for each model)")
     add("--jax", action="store_true", help="also JAX")
+    add(
+        "--twins",
+        action="store_true",
+        help="torchformer against torch.nn.Transformer, with the same masks, eager and compiled",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: also a GPU")
     add("--profile", action="store_true", help="only show where npformer's step goes, op by op")
     parser.main(argv, measure_all, draw)
@@ -65,7 +70,7 @@ def probabilities(text: str) -> list[float]:
 
 
 def measure_all(options: argparse.Namespace) -> list[Run]:
-    backends = options.backends or default_backends(options.threads)
+    backends = TWINS if options.twins else options.backends or default_backends(options.threads)
     backends += [b for b in ("compile", "jax") if getattr(options, b) and b not in backends]
     devices = ["cpu", "cuda"] if has_cuda(options.device) else ["cpu"]
     options.config = options.config or harness.sizes("S,M" if options.quick else "S,M,B")
@@ -73,6 +78,9 @@ def measure_all(options: argparse.Namespace) -> list[Run]:
     if options.profile:
         return [breakdown.measure_ops(size, p, options) for size, p in cases]
     return [measure_step(size, p, backends, devices, options) for size, p in cases]
+
+
+TWINS = ["torchformer", "torch", "masked", "twin-compile", "masked-compile"]
 
 
 def default_backends(threads: int) -> list[str]:
