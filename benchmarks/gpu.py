@@ -9,9 +9,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 import npformer
 import torchformer
-from benchmarks import harness
+from benchmarks import gpu_report, harness
 from benchmarks.configs import Size
+from benchmarks.gpu_shapes import (
+    Setting,
+    Work,
+    config_of,
+    datasheet,
+    decoding_work,
+    settings,
+    training_work,
+)
 from benchmarks.torch_reference import TorchTransformer, to_reference
 from npformer import TransformerConfig
 from torchformer import fast
@@ -38,72 +49,14 @@ parity with the NumPy twin; training of the configurations B, A (beside torch.nn
 full batches and on ragged ones) and C; decoding; the attention kernels; the ladder from NumPy
 float64 to a compiled bf16 step; where the GPU first wins; where a step's time goes.
 
-bench.json is written after every section, report.md and the plots from it at the end.  With
---device cpu the same code runs on toy sizes: to see that it works, not for its figures.
+bench.json is written after every section, report.md and the plots from it at the end: the ladder,
+where the GPU first wins, the roofline, where a step's time goes.  To have the results in the
+README, copy bench.json to benchmarks/results/DATE-gpu.json and draw: python -m benchmarks.tables
+--readme.  With --device cpu the same code runs on toy sizes: to see that it works, not for its
+figures.
 
   python -m benchmarks.gpu --out gpu-results
 """
-DATASHEET = {  # dense bf16 TFLOP/s, TB/s
-    "H200": (989, 4.8),
-    "H100": (989, 3.35),
-    "A100": (312, 2.0),
-    "L40": (181, 0.86),
-    "4090": (165, 1.0),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A model and its batch."""
-
-    config: TransformerConfig
-    batch: int
-    length: int  # of the target, and of the source where there is one
-
-    @property
-    def tokens(self) -> int:
-        """Source and target."""
-        return self.batch * self.length * (2 if self.config.n_encoder_layers else 1)
-
-
-def config_of(layers: tuple[int, int], C: int, heads: int, vocab: int, length: int):
-    return TransformerConfig(
-        vocab,
-        vocab,
-        d_model=C,
-        n_heads=heads,
-        d_ff=4 * C,
-        n_encoder_layers=layers[0],
-        n_decoder_layers=layers[1],
-        max_len=length,
-        activation="relu" if layers[0] else "gelu_tanh",
-        norm_first=not layers[0],
-        positions="sinusoidal" if layers[0] else "learned",
-        final_norm=True,  # as torch.nn.Transformer has one
-        share_embeddings=bool(layers[0]),
-        tie_head=True,
-        embedding_dropout=0.0,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        sublayer_dropout=0.0,
-    )
-
-
-def settings(device: torch.device) -> dict[str, Setting]:
-    """A: encoder-decoder base.  B: decoder-only, 124M.  C: decoder-only, 1.3B.  On a CPU, toys."""
-    if device.type == "cuda":
-        return {
-            "A": Setting(config_of((6, 6), 512, 8, 32_768, 128), 256, 128),
-            "B": Setting(config_of((0, 12), 768, 12, 50_304, 1024 + 64), 32, 1024),
-            "C": Setting(config_of((0, 24), 2048, 16, 50_304, 2048 + 64), 8, 2048),
-        }
-    return {
-        "A": Setting(config_of((1, 1), 64, 4, 128, 16), 4, 16),
-        "B": Setting(config_of((0, 2), 64, 4, 128, 48), 4, 32),
-        "C": Setting(config_of((0, 3), 96, 4, 128, 48), 2, 32),
-    }
-
-
 # --- Time -------------------------------------------------------------------------------------
 
 
@@ -202,9 +155,10 @@ class Step:
         bf16: bool = True,
         compiled: bool = True,
         fused: bool = True,
+        capturable: bool = False,
     ):
         c = setting.config
-        self.device, self.bf16 = device, bf16
+        self.setting, self.device, self.bf16 = setting, device, bf16
         if model is None:
             twin = torchformer.Transformer(c, np.random.default_rng(0), device=device)
             twin.right_padded = True
@@ -214,7 +168,9 @@ class Step:
                         layer.compile(fullgraph=True, dynamic=False)
             model = twin
         self.model: Any = model.to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, fused=fused or None)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), 1e-4, fused=fused or None, capturable=capturable
+        )
         self.batches = [
             tuple(x.to(device) for x in batch) for batch in batches or full_batches(setting)
         ]
@@ -242,19 +198,6 @@ class Step:
             self()
 
 
-def flops_per_token(setting: Setting) -> float:
-    """Of forward and backward: 6 for each weight that multiplies, and attention's own products."""
-    c = setting.config
-    C, T = c.d_model, setting.length
-    layer = 4 * C * C + 2 * C * c.d_ff
-    if not c.n_encoder_layers:
-        weights = c.n_decoder_layers * layer + C * c.tgt_vocab_size
-        return 6 * weights + 12 * c.n_decoder_layers * T * C / 2  # causal: half of the scores
-    per_pair = c.n_encoder_layers * (6 * layer + 12 * T * C)
-    per_pair += c.n_decoder_layers * (6 * (layer + 4 * C * C) + 12 * T * C * 1.5)
-    return (per_pair + 6 * C * c.tgt_vocab_size) / 2  # of a source token and a target token
-
-
 # --- The sections -----------------------------------------------------------------------------
 
 
@@ -277,20 +220,23 @@ class Bench:
         return self.row(setting, measured)
 
     def row(self, setting: Setting, measured: dict[str, float]) -> dict[str, Any]:
+        """Of a training step."""
         speed = setting.tokens / measured["seconds"]
-        flops = speed * flops_per_token(setting)
-        found = {**measured, "tokens_per_second": speed, "tflops": flops / 1e12}
-        ceiling = self.results.get("ceilings", {}).get("bf16_tflops")
-        if ceiling:
-            found["of_measured_ceiling"] = flops / 1e12 / ceiling
+        about = {**measured, "tokens_per_second": speed}
+        return about | self.against_the_card(training_work(setting), measured["seconds"])
+
+    def against_the_card(self, work: Work, seconds: float) -> dict[str, Any]:
+        """What of the floor was reached, and what of the FLOP/s of products, measured and said."""
+        found = {"tflops": work.flops / seconds / 1e12, "flop_per_byte": work.intensity}
+        ceilings = self.results.get("ceilings")
+        if isinstance(ceilings, dict):
+            peak, copy = ceilings["bf16_tflops"] * 1e12, ceilings["copy_tb_per_s"] * 1e12
+            floor = work.floor(peak, copy)
+            found |= {"floor_seconds": floor, "of_the_floor": floor / seconds}
+            found["of_measured_ceiling"] = work.flops / seconds / peak
         if sheet := datasheet(self.device):
-            found["of_datasheet"] = flops / 1e12 / sheet[0]
+            found["of_datasheet"] = work.flops / seconds / 1e12 / sheet[0]
         return found
-
-
-def datasheet(device: torch.device) -> tuple[float, float] | None:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((figures for card, figures in DATASHEET.items() if card in name), None)
 
 
 def ceilings(bench: Bench, seconds: float) -> dict[str, Any]:
@@ -312,41 +258,87 @@ def ceilings(bench: Bench, seconds: float) -> dict[str, Any]:
 
 
 def parity(bench: Bench, seconds: float) -> dict[str, Any]:
-    """Against the NumPy twin in float64: the largest error of logits and of any gradient."""
+    """Against the NumPy twin in float64, as far off as a peer may be (DESIGN: the peer rule).
+
+    The peer does the same maths on the CPU in the same precision, eager, with attention written
+    out.  Of each tensor the largest error may be twice the peer's (bf16 gradients: three times) and
+    n roundings of its largest entry, gradients of the largest entry of all; n is 1 in bf16, which
+    is rounded once for each product, and the length of the longest sum elsewhere.  GELU, not ReLU:
+    a rounding must not change a sign.
+    """
     rows = {}
+    cpu = torch.device("cpu")
     for kind, layers in (("encoder-decoder", (2, 2)), ("decoder-only", (0, 2))):
-        config = config_of(layers, 64, 4, 96, 33)
-        oracle = npformer.Transformer(config, np.random.default_rng(0), np.float64)
-        rng = np.random.default_rng(1)
-        src, tgt, targets = rng.integers(3, 96, (3, 4, 32))
-        has_source = layers[0] > 0
-        logits, backward = oracle(src if has_source else None, tgt)
-        _, backward_loss = npformer.cross_entropy(logits, targets)
-        backward(backward_loss(1.0))
-        expected = {name: p.grad for name, p in oracle.named_parameters()}
-        largest = max(float(np.abs(g).max()) for g in expected.values())
+        config = replace(config_of(layers, 64, 4, 96, 33), activation="gelu_tanh")
+        ids = np.random.default_rng(1).integers(3, 96, (3, 4, 32))
+        oracle = _oracle(config, ids)
+        gradients = [name for name in oracle if name != "logits"]
+        largest = max(float(np.abs(oracle[name]).max()) for name in gradients)
         for precision in ("float64", "float32", "bfloat16"):
-            dtype = torch.float64 if precision == "float64" else torch.float32
-            twin = torchformer.Transformer(config, np.random.default_rng(0), dtype, bench.device)
-            twin.right_padded = True
-            ids = [torch.tensor(x, device=bench.device) for x in (src, tgt, targets)]
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                found = twin(ids[0] if has_source else None, ids[1])
-            found = found.float() if precision != "float64" else found
-            F.cross_entropy(found.flatten(0, 1), ids[2].flatten()).backward()
-            errors = {
-                name: float(np.abs(p.grad.double().cpu().numpy() - expected[name]).max())
-                for name, p in twin.named_parameters()
-                if p.grad is not None
-            }
-            off = np.abs(found.detach().double().cpu().numpy() - logits).max()
+            found = _twin(config, ids, precision, bench.device)
+            with written_out_attention():
+                peer = _twin(config, ids, precision, cpu)
+            eps = torch.finfo(getattr(torch, precision)).eps
+            n = 1 if precision == "bfloat16" else config.d_model + config.d_ff + ids.shape[-1]
+            errors, used = {}, {}
+            for name, expected in oracle.items():
+                scale = float(np.abs(expected).max()) if name == "logits" else largest
+                factor = 3 if precision == "bfloat16" and name != "logits" else 2
+                allowed = factor * np.abs(peer[name] - expected).max() + n * eps * scale
+                off = float(np.abs(found[name] - expected).max())  # NaN where it is not finite
+                errors[name], used[name] = off / scale, off / float(allowed)
+            worst = max(gradients, key=lambda name: errors[name])
             rows[f"{kind}, {precision}"] = {
-                "logits": float(off / np.abs(logits).max()),
-                "gradients": max(errors.values()) / largest,
-                "worst": max(errors, key=lambda name: errors[name]),
-                "finite": all(math.isfinite(e) for e in errors.values()),
+                "logits": errors["logits"],
+                "gradients": errors[worst],
+                "worst": worst,
+                "of_allowed": max(used.values()),
+                "ok": all(u <= 1 for u in used.values()),
             }
     return rows
+
+
+def _oracle(config: TransformerConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits and every gradient, by npformer in float64."""
+    model = npformer.Transformer(config, np.random.default_rng(0), np.float64)
+    src, tgt, targets = ids
+    logits, backward = model(src if config.n_encoder_layers else None, tgt)
+    _, backward_loss = npformer.cross_entropy(logits, targets)
+    backward(backward_loss(1.0))
+    return {"logits": logits} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def _twin(
+    config: TransformerConfig, ids: np.ndarray, precision: str, device: torch.device
+) -> dict[str, np.ndarray]:
+    """The same by torchformer; bfloat16 is by autocast."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = torchformer.Transformer(config, np.random.default_rng(0), dtype, device)
+    model.right_padded = True
+    src, tgt, targets = (torch.tensor(x, device=device) for x in ids)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        logits = model(src if config.n_encoder_layers else None, tgt)
+    loss_of = logits if precision == "float64" else logits.float()
+    F.cross_entropy(loss_of.flatten(0, 1), targets.flatten()).backward()
+    found = {"logits": logits} | {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
+    return {name: x.detach().double().cpu().numpy() for name, x in found.items()}
+
+
+@contextmanager
+def written_out_attention():
+    """torchformer without the fused kernels: scores, softmax and a second product."""
+    fused = torchformer.ops.attention
+
+    def attention(q, k, v, mask=None, p=0.0, rng=None):
+        return F.dropout(torchformer.ops.attention_weights(q, k, mask), p) @ v
+
+    torchformer.ops.attention = attention
+    try:
+        yield
+    finally:
+        torchformer.ops.attention = fused
 
 
 class Reference(TorchTransformer):
@@ -420,11 +412,12 @@ def with_ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def decoding(bench: Bench, seconds: float) -> dict[str, Any]:
     """New tokens per second, greedy, after a prompt of one token."""
     n_tokens = 64 if bench.clock.is_cuda else 8
+    dtype = torch.bfloat16 if bench.clock.is_cuda else torch.float32
     rows = {}
     for name in ("B", "C"):
         config = bench.settings[name].config
         model = torchformer.Transformer(config, np.random.default_rng(0), device=bench.device)
-        model = model.to(torch.bfloat16 if bench.clock.is_cuda else torch.float32).eval()
+        model = model.to(dtype).eval()
         for batch in (1, 64):
             prompt = torch.full((batch, 1), 3, device=bench.device)
 
@@ -432,7 +425,10 @@ def decoding(bench: Bench, seconds: float) -> dict[str, Any]:
                 fast.continued(model, prompt, n_tokens)
 
             took = bench.clock.compare({name: call}, seconds / 4, warm_up=1)[name]["seconds"]
-            rows[f"{name}, batch {batch}"] = {"tokens_per_second": batch * n_tokens / took}
+            work = decoding_work(config, batch, n_tokens / 2, dtype.itemsize)
+            row = {"seconds": took, "tokens_per_second": batch * n_tokens / took}
+            row |= bench.against_the_card(work, took / n_tokens)
+            rows[f"{name}, batch {batch}"] = row
         del model
     return rows
 
@@ -451,80 +447,158 @@ def attention(bench: Bench, seconds: float) -> dict[str, Any]:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
     rows: dict[str, Any] = {"default": bench.clock.compare({"": call}, seconds / 6)[""]}
-    backends = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
-    for name in backends:
+    rows["default"]["backend"] = backend_of(call)
+    for name in BACKENDS:
         try:
             with sdpa_kernel(getattr(SDPBackend, name)):
                 rows[name] = bench.clock.compare({"": call}, seconds / 6)[""]
         except RuntimeError:
             rows[name] = "not here"
-    timed = {n: r["seconds"] for n, r in rows.items() if n != "default" and not isinstance(r, str)}
-    rows["chosen"] = min(timed, key=lambda n: abs(timed[n] - rows["default"]["seconds"]))
     return rows
+
+
+BACKENDS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+
+
+def backend_of(call: Callable[[], Any]) -> str:
+    """Which of them PyTorch chose: each has an operator of its own, which the profiler sees."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        call()
+    names = " ".join(event.key for event in seen.key_averages())
+    for backend in BACKENDS:
+        if f"_scaled_dot_product_{backend.split('_')[0].lower()}" in names:
+            return backend
+    return "MATH"
+
+
+# --- The ladder -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One line of the ladder: what makes a step, and its gradients on one fixed batch."""
+
+    name: str
+    clock: Clock
+    make: Callable[[], Callable[[], Any]]
+    gradients: Callable[[], dict[str, np.ndarray]]
 
 
 def ladder(bench: Bench, seconds: float) -> list[dict[str, Any]]:
-    """From NumPy float64 to the whole of it, a step at a time, on a small B."""
+    """From NumPy float64 to the whole of it, one thing at a time, on a small B."""
     full = bench.settings["B"]
-    config = replace(full.config, n_decoder_layers=2, d_model=256, n_heads=4, d_ff=1024)
-    config = replace(config, tgt_vocab_size=1024, src_vocab_size=1024)
-    if not bench.clock.is_cuda:
-        config = replace(config, d_model=64, d_ff=128, tgt_vocab_size=64, src_vocab_size=64)
-    setting = Setting(config, 8, 128 if bench.clock.is_cuda else 16)
-    cpu = torch.device("cpu")
-    oracle = _gradients_numpy(setting, np.float64)
-    rungs: list[tuple[str, Callable[[], Any], Callable[[], dict]]] = []
-
-    def numpy_rung(dtype: Any) -> None:
-        rungs.append(
-            (
-                f"NumPy {np.dtype(dtype).name}",
-                _numpy_step(setting, dtype),
-                lambda: _gradients_numpy(setting, dtype),
-            )
-        )
-
-    def torch_rung(name: str, device: torch.device, tf32: bool = False, **how: Any) -> None:
-        step = Step(setting, device, **how)
-
-        def call() -> None:
-            with _tf32(tf32):
-                step()
-
-        def gradients() -> dict:
-            with _tf32(tf32):
-                return _gradients_torch(Step(setting, device, **how))
-
-        rungs.append((name, call, gradients))
-
-    eager: dict[str, Any] = {"bf16": False, "compiled": False, "fused": False}
-    numpy_rung(np.float64)
-    numpy_rung(np.float32)
-    torch_rung("torch float32, CPU", cpu, **eager)
     if bench.clock.is_cuda:
-        torch_rung("GPU, float32", bench.device, **eager)
-        torch_rung("GPU, TF32", bench.device, tf32=True, **eager)
-        torch_rung("GPU, bf16", bench.device, bf16=True, compiled=False, fused=False)
-        torch_rung("GPU, bf16, compiled", bench.device, bf16=True, compiled=True, fused=False)
-        torch_rung("GPU, bf16, compiled, fused AdamW", bench.device)
+        sizes = {"d_model": 256, "n_heads": 4, "d_ff": 1024, "vocab": 1024}
+    else:
+        sizes = {"d_model": 64, "n_heads": 4, "d_ff": 128, "vocab": 64}
+    vocab = sizes.pop("vocab")
+    sizes |= {"tgt_vocab_size": vocab, "src_vocab_size": vocab, "n_decoder_layers": 2}
+    setting = Setting(replace(full.config, **sizes), 8, 128 if bench.clock.is_cuda else 16)
+    oracle = _gradients_numpy(setting, np.float64)
+    largest = max(float(np.abs(g).max()) for g in oracle.values())
+    steps = rungs(setting, bench.device)
     rows: list[dict[str, Any]] = []
-    for name, call, gradients in rungs:
-        clock = bench.clock if name.startswith("GPU") else Clock(cpu)
-        took = clock.compare({"": call}, seconds / len(rungs) / 2, warm_up=2)[""]["seconds"]
-        speed = setting.tokens / took
-        found = gradients()
-        largest = max(float(np.abs(g).max()) for g in oracle.values())
-        error = max(float(np.abs(found[k] - g).max()) for k, g in oracle.items()) / largest
-        before = rows[-1]["tokens_per_second"] if rows else speed
-        rows.append(
-            {
-                "name": name,
-                "tokens_per_second": speed,
-                "factor": speed / before,
-                "gradient_error": error,
-            }
-        )
+    for rung in steps:
+        row: dict[str, Any] = {"name": rung.name}
+        rows.append(row)
+        try:
+            call = rung.make()
+            took = rung.clock.compare({"": call}, seconds / len(steps) / 2, warm_up=2)[""]
+            found = rung.gradients()
+        except Exception as error:  # one rung must not cost the others
+            traceback.print_exc()
+            row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            continue
+        speed = setting.tokens / took["seconds"]
+        before = next((r for r in reversed(rows[:-1]) if "tokens_per_second" in r), None)
+        row["tokens_per_second"] = speed
+        row["factor"] = speed / before["tokens_per_second"] if before else 1.0
+        off = max(float(np.abs(found[k] - g).max()) for k, g in oracle.items())
+        row["gradient_error"] = off / largest
     return rows
+
+
+def rungs(setting: Setting, device: torch.device) -> list[Rung]:
+    """Each has what those before it have; those that only a GPU has are left out on a CPU."""
+    cpu = torch.device("cpu")
+    found = []
+    for dtype in (np.float64, np.float32):
+        step, gradients = (
+            partial(_numpy_step, setting, dtype),
+            partial(_gradients_numpy, setting, dtype),
+        )
+        found.append(Rung(f"NumPy {np.dtype(dtype).name}", Clock(cpu), step, gradients))
+
+    def add(
+        name: str,
+        where: torch.device = device,
+        fused_attention: bool = True,
+        tf32: bool = False,
+        graph: bool = False,
+        **how: Any,
+    ) -> None:
+        @contextmanager
+        def so():
+            written_out = nullcontext() if fused_attention else written_out_attention()
+            with _tf32(tf32), written_out:
+                yield
+
+        def make() -> Callable[[], None]:
+            step = GraphStep(setting, where) if graph else Step(setting, where, **how)
+
+            def call() -> None:
+                with so():
+                    step()
+
+            return call
+
+        def gradients() -> dict[str, np.ndarray]:
+            with so():
+                return _gradients_torch(Step(setting, where, **how))
+
+        found.append(Rung(name, Clock(where), make, gradients))
+
+    plain: Any = {"bf16": False, "compiled": False, "fused": False}
+    add("torch float32, CPU", where=cpu, fused_attention=False, **plain)
+    kind = "GPU" if device.type == "cuda" else "CPU"
+    if device.type == "cuda":
+        add("GPU, float32", fused_attention=False, **plain)
+        add("+ TF32", fused_attention=False, tf32=True, **plain)
+    plain["bf16"] = True
+    add(f"{kind}, bf16, eager", fused_attention=False, **plain)
+    add("+ fused attention (SDPA)", **plain)
+    if device.type == "cuda":
+        add("+ compiled", fused=False)
+        add("+ fused AdamW")
+        add("+ one CUDA graph a step", graph=True)
+    else:  # to compile takes longer than all the rest
+        add("+ fused AdamW", compiled=False)
+    return found
+
+
+class GraphStep:
+    """A whole training step as one CUDA graph: recorded once, then launched at once."""
+
+    def __init__(self, setting: Setting, device: torch.device):
+        step = Step(setting, device, capturable=True)
+        self.batches, self.i = step.batches, 0
+        self.read = tuple(x.clone() for x in self.batches[0])  # where the graph reads its batch
+        step.batches = [self.read]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # everything that is made once is made before
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            step()
+
+    def __call__(self) -> None:
+        for there, x in zip(self.read, self.batches[self.i], strict=True):
+            there.copy_(x)
+        self.i = (self.i + 1) % len(self.batches)
+        self.graph.replay()
 
 
 @contextmanager
@@ -553,18 +627,10 @@ def _gradients_numpy(setting: Setting, dtype: Any) -> dict[str, np.ndarray]:
 
 
 def _gradients_torch(step: Step) -> dict[str, np.ndarray]:
-    tgt, targets = np.random.default_rng(2).integers(
-        3, step.model.config.tgt_vocab_size, (2, *step.batches[0][1].shape)
-    )
-    src, device = step.batches[0][0], step.device
-    step.batches = [(src, torch.tensor(tgt, device=device), torch.tensor(targets, device=device))]
-    step.i = 0
+    tgt, targets = (torch.tensor(x, device=step.device) for x in _ladder_batch(step.setting))
+    step.batches, step.i = [(tgt, tgt, targets)], 0
     step.loss().backward()
-    return {
-        name: p.grad.double().cpu().numpy()
-        for name, p in step.model.named_parameters()
-        if p.grad is not None
-    }
+    return {n: p.grad.double().cpu().numpy() for n, p in step.model.named_parameters()}
 
 
 def _numpy_step(setting: Setting, dtype: Any) -> Callable[[], None]:
@@ -607,8 +673,6 @@ def crossover(bench: Bench, seconds: float) -> list[dict[str, Any]]:
 
 def breakdown(bench: Bench, seconds: float) -> dict[str, float]:
     """The share of each kind of kernel in a step of B."""
-    from torch.profiler import ProfilerActivity, profile
-
     step = Step(bench.settings["B"], bench.device)
     for _ in range(3):
         step()
@@ -669,7 +733,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for bench.json, report.md, plots")
-    add("--budget", type=float, default=540.0, metavar="S", help="seconds in all (540)")
+    add("--budget", type=float, metavar="S", help="seconds in all (540, on a CPU 60)")
     add("--only", metavar="NAMES", help=f"sections, of: {', '.join(SECTIONS)}")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes (cuda)")
     options = parser.parse_args(argv)
@@ -683,6 +747,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         harness.check_writable(options.out)
     except harness.BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    if options.budget is None:
+        options.budget = 540.0 if options.device == "cuda" else 60.0
     bench = Bench(torch.device(options.device), options.budget)
     content = {"environment": environment(bench.device), "results": bench.results}
     content["settings"] = {k: asdict(s) for k, s in bench.settings.items()}
@@ -701,9 +767,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 traceback.print_exc()
                 bench.results[name] = f"failed: {type(error).__name__}: {str(error)[:300]}"
         save(options.out / "bench.json", json.dumps(content, indent=1, default=str) + "\n")
-    save(options.out / "report.md", report(content))
-    draw(content, options.out)
-    print(report(content))
+    report = gpu_report.report(content)
+    save(options.out / "report.md", report)
+    gpu_report.draw(content, options.out)
+    print(report)
     failed = [n for n in chosen if str(bench.results[n]).startswith("failed")]
     return 1 if failed else 0
 
@@ -721,58 +788,6 @@ def save(path: Path, text: str) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def report(content: dict[str, Any]) -> str:
-    """Tables of whatever there is."""
-    lines = [f"# torchformer on {content['environment']['device']}", ""]
-    lines += [", ".join(f"{k} {v}" for k, v in content["environment"].items()), ""]
-    for name, found in content["results"].items():
-        lines += [f"## {name}", ""]
-        if isinstance(found, str):
-            lines += [found, ""]
-            continue
-        if isinstance(found, dict) and not any(isinstance(v, dict) for v in found.values()):
-            found = {name: found}
-        rows = found if isinstance(found, list) else [{"": k, **_row(v)} for k, v in found.items()]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
-        lines += [harness.table(columns, cells), ""]
-    return "\n".join(lines)
-
-
-def _row(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {"value": value}
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def draw(content: dict[str, Any], folder: Path) -> None:
-    """The ladder and the crossover, where matplotlib is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    rungs, rows = (content["results"].get(name) for name in ("ladder", "crossover"))
-    if isinstance(rungs, list):
-        figure = Figure(figsize=(8, 0.5 * len(rungs) + 1.5), layout="constrained")
-        axes = figure.subplots()
-        axes.barh([r["name"] for r in rungs], [r["tokens_per_second"] for r in rungs])
-        axes.invert_yaxis()
-        axes.set(xlabel="tokens per second", xscale="log", title="The ladder")
-        figure.savefig(folder / "ladder.png", dpi=120)
-    if isinstance(rows, list):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name in [key for key in rows[0] if key != "d_model"]:
-            axes.plot([r["d_model"] for r in rows], [1e3 * r[name] for r in rows], "o-", label=name)
-        axes.set(xlabel="d_model", ylabel="one step, ms", xscale="log", yscale="log")
-        axes.legend()
-        figure.savefig(folder / "crossover.png", dpi=120)
 
 
 if __name__ == "__main__":

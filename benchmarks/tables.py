@@ -2,11 +2,13 @@
 
 import argparse
 import importlib
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import harness
+from benchmarks import gpu_report, harness
 from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
 
@@ -20,7 +22,7 @@ of the README, between its <!-- benchmarks:NAME --> marks, and the plots (needs 
 
   python -m benchmarks.tables --readme
 """
-BENCHMARKS = "training", "decoding", "ops", "startup", "memory", "sweep", "roofline", "g2p", "gpu"
+BENCHMARKS = "training", "decoding", "ops", "startup", "memory", "sweep", "roofline", "g2p"
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 FUSED, COMPILED, JAX = f"{TORCH}, fused Adam", f"{TORCH}, compiled", "JAX, jit"
@@ -37,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         if options.readme:
-            newest = newest_of(RESULTS.glob("*.json"))
-            README.write_text(fill(README.read_text(), newest))
+            newest = newest_of(p for p in RESULTS.glob("*.json") if not p.stem.endswith("-gpu"))
+            README.write_text(fill(README.read_text(), newest, newest_gpu(RESULTS)))
             from benchmarks import plots
 
             for path in plots.draw_all(newest, RESULTS):
@@ -98,14 +100,23 @@ def kind_of(result: Result) -> str:
     return "training" if options["keep_freed_memory"] else "allocator"
 
 
-def fill(text: str, newest: dict[str, Result]) -> str:
+def newest_gpu(folder: Path) -> dict[str, Any] | None:
+    """The newest bench.json of benchmarks.gpu, which is committed as DATE-gpu.json."""
+    found = sorted(folder.glob("*-gpu.json"))
+    return json.loads(found[-1].read_text()) if found else None
+
+
+def fill(text: str, newest: dict[str, Result], gpu: dict[str, Any] | None = None) -> str:
     """The text with each <!-- benchmarks:NAME --> ... <!-- /benchmarks --> drawn anew."""
 
     def table_of(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in SUMMARIES:
+        if name == "gpu":
+            body = gpu_report.summary(gpu)
+        elif name not in SUMMARIES:
             raise BenchmarkError(f"README: there is no table {name!r}")
-        body = SUMMARIES[name](newest[name]) if name in newest else "Not measured."
+        else:
+            body = SUMMARIES[name](newest[name]) if name in newest else "Not measured."
         return f"<!-- benchmarks:{name} -->\n{body}\n<!-- /benchmarks -->"
 
     return re.sub(r"<!-- benchmarks:(\w+) -->\n.*?<!-- /benchmarks -->", table_of, text, flags=re.S)

@@ -1,0 +1,198 @@
+"""What the GPU benchmark has found, as a report, as plots and as the README's table."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness, plots
+
+NOT_MEASURED = "not measured"
+
+
+def report(content: dict[str, Any]) -> str:
+    """Tables of whatever there is."""
+    lines = [f"# torchformer on {content['environment']['device']}", ""]
+    lines += [", ".join(f"{k} {v}" for k, v in content["environment"].items()), ""]
+    for name, found in content["results"].items():
+        lines += [f"## {name}", ""]
+        if isinstance(found, str):
+            lines += [found, ""]
+            continue
+        if isinstance(found, dict) and not any(isinstance(v, dict) for v in found.values()):
+            found = {name: found}
+        rows = found if isinstance(found, list) else [{"": k, **_row(v)} for k, v in found.items()]
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+        lines += [harness.table(columns, cells), ""]
+    return "\n".join(lines)
+
+
+def _row(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"value": value}
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+# --- The README -------------------------------------------------------------------------------
+
+ROWS = (  # what, the section, the row in it where it has several
+    ("A, training: encoder-decoder, 6+6 layers of 512, 256 pairs of 128 + 128", "training A", 0),
+    ("B, training: decoder-only, 124M, 32 x 1024", "training B", None),
+    ("C, training: decoder-only, 1.3B, 8 x 2048", "training C", None),
+    ("B, decoding, one by one", "decoding", "B, batch 1"),
+    ("B, decoding, 64 at once", "decoding", "B, batch 64"),
+    ("C, decoding, one by one", "decoding", "C, batch 1"),
+    ("C, decoding, 64 at once", "decoding", "C, batch 64"),
+)
+AGAINST = (  # A, as many times as fast as nn.Transformer
+    ("full batches, against eager float32", "training A", "nn.Transformer, eager float32"),
+    ("full batches, against eager bf16", "training A", "nn.Transformer, eager bf16"),
+    ("full batches, against compiled bf16", "training A", "nn.Transformer, compiled bf16"),
+    ("ragged, against padded eager bf16", "training A, ragged", "nn.Transformer, eager bf16"),
+    ("ragged, against padded compiled bf16", "training A, ragged", "nn.Transformer, compiled bf16"),
+)
+
+
+def summary(content: dict[str, Any] | None) -> str:
+    """The README's tables; without results they say so in every cell."""
+    results = content["results"] if content else {}
+
+    def found(section: str, name: Any, key: str, form: str) -> str:
+        value = results.get(section)
+        if isinstance(value, dict) and name is not None:
+            value = _first(value) if name == 0 else value.get(name)
+        if not isinstance(value, dict) or key not in value:
+            return NOT_MEASURED
+        return format(value[key], form)
+
+    speeds = [
+        [
+            what,
+            found(section, name, "tokens_per_second", ",.0f"),
+            found(section, name, "of_the_floor", ".0%"),
+            found(section, name, "of_datasheet", ".0%"),
+        ]
+        for what, section, name in ROWS
+    ]
+    header = ["bf16, dropout 0", "tokens/s", "floor / measured", "of the card's FLOP/s"]
+    times = [[what, found(section, name, "ours_to_it", ".2f")] for what, section, name in AGAINST]
+    tables = [
+        harness.table(header, speeds),
+        harness.table(["A beside torch.nn.Transformer, same weights", "times as fast"], times),
+    ]
+    if content:
+        about = content["environment"]
+        tables.append(
+            f"<sub>{about['created'][:10]}, {about['device']}, torch {about['torch']}.</sub>"
+        )
+    return "\n\n".join(tables)
+
+
+# --- Plots ------------------------------------------------------------------------------------
+
+
+def draw(content: dict[str, Any], folder: Path) -> None:
+    """The ladder, the crossover, the roofline and the breakdown, where matplotlib is."""
+    if not harness.is_installed("matplotlib"):
+        return
+    results = content["results"]
+    for name, drawn in (
+        ("ladder", ladder(results.get("ladder"))),
+        ("crossover", crossover(results.get("crossover"))),
+        ("roofline", roofline(results)),
+        ("breakdown", breakdown(results.get("breakdown"))),
+    ):
+        if drawn is not None:
+            drawn.savefig(folder / f"{name}.png", dpi=130)
+
+
+def ladder(rungs: Any) -> Any:
+    """Tokens per second, one thing at a time, with the factor over the line before."""
+    if not isinstance(rungs, list):
+        return None
+    rungs = [rung for rung in rungs if "tokens_per_second" in rung]
+    figure, axes = plots.new_figure(8, 0.42 * len(rungs) + 1)
+    speeds = [rung["tokens_per_second"] for rung in rungs]
+    bars = axes.barh([rung["name"] for rung in rungs], speeds, color=plots.COLOURS[0])
+    labels = [
+        f"{rung['tokens_per_second']:,.0f}   x {rung['factor']:.2f}   "
+        f"gradient error {rung['gradient_error']:.0e}"
+        for rung in rungs
+    ]
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="tokens per second", xscale="log", xlim=(min(speeds) / 3, max(speeds) * 60))
+    return figure
+
+
+def crossover(rows: Any) -> Any:
+    """One step against the width."""
+    if not isinstance(rows, list):
+        return None
+    figure, axes = plots.new_figure(7, 4.2)
+    widths = [row["d_model"] for row in rows]
+    for colour, name in zip(plots.COLOURS, [k for k in rows[0] if k != "d_model"], strict=False):
+        axes.plot(widths, [1e3 * row[name] for row in rows], "o-", color=colour, label=name)
+    axes.set(xlabel="d_model", ylabel="one step, ms", xscale="log", yscale="log")
+    axes.set_xticks(widths, map(str, widths))
+    axes.minorticks_off()
+    axes.legend(frameon=False)
+    return figure
+
+
+def roofline(results: dict[str, Any]) -> Any:
+    """FLOP/s against FLOP per byte: what the card allows, and what was reached."""
+    ceilings = results.get("ceilings")
+    points = {
+        name: row
+        for name, row in (
+            ("A, training", _first(results.get("training A"))),
+            ("B, training", results.get("training B")),
+            ("C, training", results.get("training C")),
+            *(
+                (f"{name.replace(', batch', ', decoding')} at once", row)
+                for name, row in _rows(results.get("decoding"))
+            ),
+        )
+        if isinstance(row, dict) and "tflops" in row
+    }
+    if not isinstance(ceilings, dict) or not points:
+        return None
+    figure, axes = plots.new_figure(7.5, 4.6)
+    peak, copy = ceilings["bf16_tflops"], ceilings["copy_tb_per_s"]
+    left = min(row["flop_per_byte"] for row in points.values()) / 3
+    right = max(peak / copy, *(row["flop_per_byte"] for row in points.values())) * 10
+    ridge = peak / copy  # TFLOP/s over TB/s: FLOP per byte
+    axes.plot([left, ridge, right], [left * copy, peak, peak], color=plots.COLOURS[-1], lw=1.5)
+    for colour, (name, row) in zip(plots.COLOURS * 2, points.items(), strict=False):
+        place = (row["flop_per_byte"], row["tflops"])
+        axes.plot(*place, "o", color=colour)
+        axes.annotate(name, place, (6, -3), textcoords="offset points", fontsize=8, color=colour)
+    axes.set(xscale="log", yscale="log", xlim=(left, right))
+    axes.set(xlabel="FLOP per byte, by the shapes", ylabel="TFLOP/s")
+    axes.set_title("Measured products and copies (line), and what was reached", fontsize=10)
+    return figure
+
+
+def _first(found: Any) -> Any:
+    return next(iter(found.values())) if isinstance(found, dict) and found else None
+
+
+def _rows(found: Any) -> list[tuple[str, Any]]:
+    return list(found.items()) if isinstance(found, dict) else []
+
+
+def breakdown(shares: Any) -> Any:
+    """Which kinds of kernels a step of B is made of."""
+    if not isinstance(shares, dict):
+        return None
+    figure, axes = plots.new_figure(7, 0.42 * len(shares) + 1)
+    percent = [100 * share for share in shares.values()]
+    bars = axes.barh(list(shares), percent, color=plots.COLOURS[0])
+    axes.bar_label(bars, [f"{share:.0f} %" for share in percent], padding=4, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="percent of a step of B", xlim=(0, 1.1 * max(percent)))
+    return figure
