@@ -88,7 +88,8 @@ def train(engine, mesh, folder, n_steps):
 
 def run(world, folder, n_steps):
     """What rank 0 sends; fails where a rank has failed."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, for all ranks
+    context.set_forkserver_preload(["torchformer.parallel", "npformer.testing.models"])
     ours, theirs = context.Pipe()
     arguments = (world, free_port(), folder, n_steps, theirs)
     ranks = [context.Process(target=rank_main, args=(r, *arguments)) for r in range(world)]
@@ -159,6 +160,44 @@ def test_steps_on_two_ranks_then_one_then_two_are_the_steps_of_one_process(engin
         assert_same(weights, single(steps)[1], WEIGHTS)
 
 
+@pytest.mark.parametrize("crash", ["while writing", "between the renames"])
+def test_a_crash_while_saving_leaves_a_checkpoint_whole(crash, tmp_path, monkeypatch):
+    from torchformer import parallel
+
+    def crashing(*arguments, **options):
+        raise KeyboardInterrupt
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    model = to_torch(make_model(CONFIG, 0))
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
+    with parallel.group("cpu"):
+        parallel.save(tmp_path / "shards", model, optimizer, 7)
+        expected = {name: x.clone() for name, x in model.state_dict().items()}
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        if crash == "while writing":
+            monkeypatch.setattr(parallel, "save_shards", crashing)
+        else:
+            replace = Path.replace
+            monkeypatch.setattr(
+                Path,
+                "replace",
+                lambda a, b: crashing() if a.name == "shards.part" else replace(a, b),
+            )
+        with pytest.raises(KeyboardInterrupt):
+            parallel.save(tmp_path / "shards", model, optimizer, 8)
+        monkeypatch.undo()
+        assert parallel.load(tmp_path / "shards", model, optimizer) == 7
+        for name, x in model.state_dict().items():
+            assert torch.equal(x, expected[name]), name
+        parallel.save(tmp_path / "shards", model, optimizer, 9)
+        assert parallel.load(tmp_path / "shards", model, optimizer) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
 def torchrun(*arguments, ranks=2, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-port", str(free_port()), "-m", "torchformer.training", *arguments]
@@ -193,6 +232,7 @@ def test_torchrun_trains_saves_resumes_and_both_twins_read_it_fsdp(tmp_path):
     more = torchrun(*common, "--steps", "5", "--out", out, "--resume", ranks=1)
     assert more.returncode == 0, more.stderr
     assert "steps 4 to 5" in more.stdout
+    assert "Warning" not in done.stderr + more.stderr
     model, twin = npformer.Transformer.load(out), torchformer.Transformer.load(out)
     for name, x in model.state_dict().items():
         np.testing.assert_array_equal(x, twin.state_dict()[name].numpy(), err_msg=name)

@@ -13,7 +13,9 @@ the number of target tokens of all ranks together.
 
 import argparse
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -181,14 +183,30 @@ def whole(x: Tensor) -> Tensor:
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Every rank writes its share; any number of ranks can read it."""
+    """Every rank writes its share; any number of ranks can read it.
+
+    Beside what is there, which gives way when all is written: a crash leaves one of the two whole.
+    """
+    part, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
     weights, state = get_state_dict(model, optimizer)
-    save_shards({"model": weights, "optimizer": state, "step": torch.tensor(step)},
-             checkpoint_id=folder)  # fmt: skip
+    held = {"model": weights, "optimizer": state, "step": torch.tensor(step)}
+    save_shards(held, checkpoint_id=part)  # returns when every rank has written
+    if dist.get_rank() == 0:
+        if folder.exists():
+            folder.replace(old)
+        part.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Goes on from there, whatever the engine and the number of ranks were; returns the step."""
+    old = folder.with_name(f"{folder.name}.old")
+    if not folder.exists() and old.exists():
+        folder = old  # a crash came between the two renames of `save`
     weights, state = get_state_dict(model, optimizer)
     held = {"model": weights, "optimizer": state, "step": torch.tensor(0)}
     load_shards(held, checkpoint_id=folder)
@@ -217,6 +235,8 @@ def full_weights(model: nn.Module) -> dict[str, np.ndarray]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: trained;  2: what was asked for cannot be done, said in one line."""
     options = _parser().parse_args(arguments)
+    # FSDP is anxious for outputs that are views, should one write into them: here nobody does
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     try:
         with group(options.device) as mesh:
             _train(options, mesh)
