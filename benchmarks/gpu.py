@@ -733,7 +733,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="for bench.json, report.md, plots")
-    add("--budget", type=float, metavar="S", help="seconds in all (540, on a CPU 60)")
+    add("--budget", type=float, metavar="S", help="seconds in all (540, on a CPU 100)")
     add("--only", metavar="NAMES", help=f"sections, of: {', '.join(SECTIONS)}")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes (cuda)")
     options = parser.parse_args(argv)
@@ -748,7 +748,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except harness.BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if options.budget is None:
-        options.budget = 540.0 if options.device == "cuda" else 60.0
+        options.budget = 540.0 if options.device == "cuda" else 100.0
     bench = Bench(torch.device(options.device), options.budget)
     content = {"environment": environment(bench.device), "results": bench.results}
     content["settings"] = {k: asdict(s) for k, s in bench.settings.items()}
