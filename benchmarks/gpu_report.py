@@ -138,7 +138,7 @@ def crossover(rows: Any) -> Any:
         axes.plot(widths, [1e3 * row[name] for row in rows], "o-", color=colour, label=name)
     axes.set(xlabel="d_model", ylabel="one step, ms", xscale="log", yscale="log")
     axes.set_xticks(widths, map(str, widths))
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.legend(frameon=False)
     return figure
 
