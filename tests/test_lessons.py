@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -216,6 +217,23 @@ def test_a_picture_is_what_its_command_draws(name, tmp_path):
     now, then = (folder / f"{name}.svg" for folder in (tmp_path, FOLDER / "pictures"))
     words = re.compile(r"<!-- (.*?) -->")
     assert words.findall(now.read_text()) == words.findall(then.read_text())
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("banana", "there is no picture 'banana', of: broadcast, "),
+        ("masks", "the pictures need matplotlib: pip install 'npformer[plot]'\n"),
+    ],
+)
+def test_pictures_that_cannot_be_drawn_are_one_line(argument, said):
+    without = "sys.modules['matplotlib'] = None; " if argument == "masks" else ""
+    program = f"import runpy, sys; {without}runpy.run_path(sys.argv[0], run_name='__main__')"
+    program = f"import sys; sys.argv = {[str(FOLDER / 'pictures.py'), argument]}; {program}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert done.stderr.count("\n") == 1
 
 
 def luminance(colour):

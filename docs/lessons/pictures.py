@@ -12,11 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+
+try:
+    import matplotlib as mpl
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, Rectangle
+except ModuleNotFoundError:
+    if __name__ == "__main__":
+        sys.exit("the pictures need matplotlib: pip install 'npformer[plot]'")
+    raise
 
 import npformer
 from npformer import lessons, masks
