@@ -31,10 +31,20 @@ Array = np.ndarray
 
 
 class Problem:
-    """What all contenders are given: ids, starting weights by npformer's names, and the recipe."""
+    """What all contenders are given: ids, starting weights by npformer's names, and the recipe.
 
-    def __init__(self, size: Size, dropout: float, clip: bool, share_weights: bool = True):
-        self.size, self.dropout, self.clip = size, dropout, clip
+    fused   all of PyTorch's have the fused Adam, as torchformer's trainer has
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        dropout: float,
+        clip: bool,
+        share_weights: bool = True,
+        fused: bool = False,
+    ):
+        self.size, self.dropout, self.clip, self.fused = size, dropout, clip, fused
         self.config = size.model_config(dropout)
         rng = np.random.default_rng(0)
         ids = rng.integers(1, size.vocab_size, (2, size.batch, size.length + 1))  # 0 is padding
@@ -317,5 +327,6 @@ def make(
         kind = "torchformer"
     elif backend.startswith("masked"):
         kind = "masked"
-    step = TorchStep(problem, kind, device, backend == "fused", backend.endswith("compile"))
+    is_fused = backend == "fused" or problem.fused
+    step = TorchStep(problem, kind, device, is_fused, backend.endswith("compile"))
     return Contender(name, step, torch_threads), step

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--twins",
         action="store_true",
-        help="torchformer against torch.nn.Transformer, with the same masks, eager and compiled",
+        help="torchformer against torch.nn.Transformer with the same masks, eager and compiled; "
+        "all with the fused Adam, as torchformer's trainer has it",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: also a GPU")
     add("--profile", action="store_true", help="only show where npformer's step goes, op by op")
@@ -103,7 +104,7 @@ def measure_step(
     size: Size, dropout: float, backends: list[str], devices: list[str], options: argparse.Namespace
 ) -> Run:
     label = f"{size.name}, dropout {dropout:g}"
-    problem = Problem(size, dropout, options.clip)
+    problem = Problem(size, dropout, options.clip, fused=options.twins)
     with pinned(options.threads):
         made = [make(backend, problem, threads=options.threads) for backend in backends]
         if "cuda" in devices:
