@@ -162,18 +162,24 @@ def roofline(results: dict[str, Any]) -> Any:
     if not isinstance(ceilings, dict) or not points:
         return None
     figure, axes = plots.new_figure(7.5, 4.6)
-    peak, copy = ceilings["bf16_tflops"], ceilings["copy_tb_per_s"]
-    left = min(row["flop_per_byte"] for row in points.values()) / 3
-    right = max(peak / copy, *(row["flop_per_byte"] for row in points.values())) * 10
-    ridge = peak / copy  # TFLOP/s over TB/s: FLOP per byte
-    axes.plot([left, ridge, right], [left * copy, peak, peak], color=plots.COLOURS[-1], lw=1.5)
+    copy = ceilings["copy_tb_per_s"]
+    peaks = {name: ceilings[f"{name}_tflops"] for name in ("bf16", "float32")}
+    ridges = {name: peak / copy for name, peak in peaks.items()}  # TFLOP/s / TB/s: FLOP per byte
+    places = [*ridges.values(), *(row["flop_per_byte"] for row in points.values())]
+    left, right = min(places) / 3, max(places) * 10
+    for name, style in (("bf16", "-"), ("float32", "--")):
+        corners = [left, ridges[name], right], [left * copy, peaks[name], peaks[name]]
+        axes.plot(*corners, style, color=plots.COLOURS[-1], lw=1.5)
+        axes.annotate(
+            name, (right, peaks[name]), (-4, 4), textcoords="offset points", ha="right", fontsize=8
+        )
     for colour, (name, row) in zip(plots.COLOURS * 2, points.items(), strict=False):
         place = (row["flop_per_byte"], row["tflops"])
         axes.plot(*place, "o", color=colour)
         axes.annotate(name, place, (6, -3), textcoords="offset points", fontsize=8, color=colour)
     axes.set(xscale="log", yscale="log", xlim=(left, right))
     axes.set(xlabel="FLOP per byte, by the shapes", ylabel="TFLOP/s")
-    axes.set_title("Measured products and copies (line), and what was reached", fontsize=10)
+    axes.set_title("Measured products and copies (lines), and what was reached", fontsize=10)
     return figure
 
 

@@ -65,7 +65,7 @@ def settings(device: torch.device) -> dict[str, Setting]:
             "C": Setting(config_of((0, 24), 2048, 16, 50_304, 2048 + 64), 8, 2048),
         }
     return {
-        "A": Setting(config_of((1, 1), 64, 4, 128, 16), 4, 16),
+        "A": Setting(config_of((1, 1), 64, 4, 128, 32), 4, 32),
         "B": Setting(config_of((0, 2), 64, 4, 128, 48), 4, 32),
         "C": Setting(config_of((0, 3), 96, 4, 128, 48), 2, 32),
     }

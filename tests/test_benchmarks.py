@@ -306,18 +306,20 @@ def test_the_weights_of_a_problem_hide_nothing():
 
 
 def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path):
-    """All sections but those that compile, on toy sizes: the code, not the figures."""
-    sections = "ceilings,parity,decoding,attention,ladder,crossover"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--budget", "10"]
+    """All sections, on toy sizes: the code, not the figures."""
+    from benchmarks.gpu import SECTIONS
+
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu"]
     done = subprocess.run(
-        [*command, "--only", sections, "--out", str(tmp_path)],
+        [*command, "--out", str(tmp_path)],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["results"]) == sections.split(",")
+    assert list(found["results"]) == list(SECTIONS)
+    assert not any(isinstance(section, str) for section in found["results"].values())  # skipped
     assert "host" not in json.dumps(found["environment"]).lower()
     assert all(row["ok"] for row in found["results"]["parity"].values())
     rows = found["results"]["ladder"]
@@ -333,12 +335,16 @@ def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path):
         assert row["gradient_error"] < 2 * (
             2**-8 if "bf16" in row["name"] or "+" in row["name"] else 2**-18
         )
-    for row in found["results"]["decoding"].values():
-        assert 0 < row["of_the_floor"] < 1
+    results = found["results"]
+    floors = [results["training B"], results["training C"], results["drift"]]
+    floors += [*results["training A"].values(), *results["decoding"].values()]
+    assert all(0 < row["of_the_floor"] < 1 for row in floors)
+    losses = [row["loss"] for row in results["training A"].values()]
+    assert max(losses) - min(losses) < 2**-8 * max(losses)  # the same weights and batches
     report = (tmp_path / "report.md").read_text()
-    assert all(f"## {name}" in report for name in sections.split(","))
+    assert all(f"## {name}" in report for name in SECTIONS)
     pytest.importorskip("matplotlib")
-    for name in ("crossover", "ladder", "roofline"):
+    for name in ("breakdown", "crossover", "ladder", "roofline"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
