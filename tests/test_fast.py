@@ -122,6 +122,61 @@ def test_the_compiled_step_is_the_step(seed):
         assert torch.equal(decoder.step(token, decoder.position, n_seen), again)
 
 
+class Replayed:
+    """What a CUDA graph is, on the CPU: the same work, at the same places, whatever is there."""
+
+    def __init__(self, call):
+        self.call, self.result = call, call()
+
+    def replay(self):
+        self.result.copy_(self.call())
+
+
+def test_a_recorded_step_decodes_the_same_tokens(monkeypatch):
+    def record(call):
+        graph = Replayed(call)
+        return graph, graph.result
+
+    monkeypatch.setattr(fast, "record", record)
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 5)).eval()
+    src = torch.tensor([[3, 4, 5], [6, 7, 0]])
+    expected = fast.continued(twin, torch.full((2, 1), 1), 12, src=src, compiled=False)
+    assert len(expected.unique()) > 2  # not one token for ever
+    with torch.no_grad():
+        logits, cache = twin.step(torch.full((2, 1), 1), twin.start(src))
+        decoder, tokens = fast.StaticDecoder(twin, cache, 13, []), [logits[:, -1].argmax(dim=-1)]
+        step = fast.Recorded(decoder.step, tokens[0], decoder.position)
+        for _ in range(11):
+            tokens.append(step(tokens[-1], decoder.position, None).clone())
+            decoder.position += 1
+    assert torch.equal(torch.stack(tokens, dim=1), expected)
+
+
+def test_any_number_of_shapes_is_compiled_and_decoded(monkeypatch):
+    """Dynamo keeps eight compiled forms of a function; ten lengths of sources need no more."""
+    compiled, n_compiled = torch.compile, []
+
+    def trace(step):
+        n_compiled.append(step)
+        return compiled(step, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", trace)
+    twin = to_torch(make_model(replace(CONFIG, max_len=12), 5)).eval()
+    for S in range(3, 13):
+        src = torch.tensor(np.random.default_rng(S).integers(3, 9, (2, S)))
+        expected = decoding.greedy(twin, src, max_len=4)
+        assert fast.greedy(twin, src, max_len=4, compiled=True) == expected
+    assert len(n_compiled) == 10
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_one_graph_a_token_decodes_the_same_tokens():
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 5)).eval().cuda()
+    for S in (3, 4, 5):
+        src = torch.tensor(np.random.default_rng(S).integers(3, 9, (2, S))).cuda()
+        assert fast.greedy(twin, src, max_len=19) == decoding.greedy(twin, src, max_len=19)
+
+
 def test_refuses():
     twin = to_torch(make_model(CONFIG, 0)).eval()
     with pytest.raises(ValueError, match="max_len must be 1 to 5, got 6"):

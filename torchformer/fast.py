@@ -15,6 +15,7 @@ and on CUDA one step is one graph, launched at once.  The tokens are those of de
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def greedy(
     """As decoding.greedy: the most likely next token until `eos_id` or `max_len` tokens.
 
     look_every   tokens between two looks whether everybody has ended: each look is a wait
-    compiled     torch.compile the step; by default on CUDA
+    compiled     torch.compile the step, and record it as a CUDA graph; by default on CUDA
     """
     check_decoding(model, max_len)
     prompt = torch.full((len(src), 1), sos_id, device=src.device)
@@ -82,11 +83,11 @@ def continued(
     is_compiled = prompt.is_cuda if compiled is None else compiled
     is_packed = not is_compiled and n_tokens >= 16 and packing_pays(model, cache, prompt[:, -1])
     decoder = StaticDecoder(model, cache, P + n_tokens, never or [], is_packed)
-    step: Callable[[Tensor, Tensor, int | None], Tensor] = decoder.step
-    if is_compiled:
-        step = torch.compile(step, fullgraph=True, mode="reduce-overhead", dynamic=False)
     tokens = torch.full((B, n_tokens), 0 if eos_id is None else eos_id, device=prompt.device)
     token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)  # (B,)
+    step: Step = torch.compile(decoder.step) if is_compiled else decoder.step
+    if is_compiled and prompt.is_cuda:
+        step = Recorded(step, token, decoder.position)
     for i in range(n_tokens):
         tokens[:, i] = token
         if i + 1 == n_tokens:
@@ -99,6 +100,42 @@ def continued(
         token = step(token, decoder.position, n_seen).clone()  # a graph's output is written over
         decoder.position += 1
     return tokens
+
+
+Step = Callable[[Tensor, Tensor, int | None], Tensor]  # StaticDecoder.step
+
+
+class Recorded:
+    """A step as one CUDA graph: its kernels are recorded here, and launched at once by each call.
+
+    A graph reads and writes where it did when it was recorded.  So `token` is copied to its place,
+    `position` must be the same tensor, moved in place, and the result is written over next time.
+    (torch.compile's own graphs refuse: the keys and values, written in place, are no parameters.)
+    """
+
+    def __init__(self, step: Step, token: Tensor, position: Tensor):
+        self.token = token.clone()
+        call = partial(step, self.token, position, None)
+        self.graph, self.next = record(call)
+
+    def __call__(self, token: Tensor, position: Tensor, n_seen: int | None) -> Tensor:
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.next
+
+
+def record(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of `call`, and where its result will be.  `call` runs three times before."""
+    stream = torch.cuda.Stream()  # not the default one, which cannot be recorded
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is made once, compiled kernels and workspaces, is made now
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph, result
 
 
 def up_to(tokens: list[int], eos_id: int) -> list[int]:
