@@ -26,6 +26,8 @@ from npformer.answers import check_decoding, check_max_len
 from torchformer.cache import Cache, around
 from torchformer.transformer import Transformer
 
+Step = Callable[[Tensor, Tensor, int | None], Tensor]  # StaticDecoder.step
+
 
 @torch.no_grad()
 def greedy(
@@ -85,6 +87,7 @@ def continued(
     decoder = StaticDecoder(model, cache, P + n_tokens, never or [], is_packed)
     tokens = torch.full((B, n_tokens), 0 if eos_id is None else eos_id, device=prompt.device)
     token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)  # (B,)
+    # Not fullgraph, nor one shape only: past dynamo's limit of shapes a step runs as it is written
     step: Step = torch.compile(decoder.step) if is_compiled else decoder.step
     if is_compiled and prompt.is_cuda:
         step = Recorded(step, token, decoder.position)
@@ -97,12 +100,9 @@ def continued(
             break
         # One graph needs one shape: all of the room.  Without, what is not there yet is left out
         n_seen = None if is_compiled else P + i + 1
-        token = step(token, decoder.position, n_seen).clone()  # a graph's output is written over
+        token = step(token, decoder.position, n_seen)
         decoder.position += 1
     return tokens
-
-
-Step = Callable[[Tensor, Tensor, int | None], Tensor]  # StaticDecoder.step
 
 
 class Recorded:
