@@ -433,6 +433,42 @@ def test_the_floors_are_those_of_the_shapes():
     assert gpu.decoding_work(c, 2, 7, 4).n_bytes == 4 * (multiply + held)
 
 
+def test_the_floor_is_of_the_precision_of_the_work():
+    import torch
+
+    from benchmarks import gpu
+
+    bench = gpu.Bench(torch.device("cpu"), 1.0)
+    bench.results["ceilings"] = {"bf16_tflops": 1.0, "float32_tflops": 4.0, "copy_tb_per_s": 1.0}
+    work = gpu.Work(flops=8e12, n_bytes=1e12)
+    for precision, floor in (("bf16", 8), ("float32", 2)):
+        found = bench.against_the_card(work, 16.0, precision)
+        assert found["floor_seconds"] == floor
+        assert found["of_the_floor"] == found["of_measured_ceiling"] == floor / 16
+
+
+def test_every_section_of_the_gpu_benchmark_may_compile_its_shapes(monkeypatch, tmp_path):
+    """Dynamo keeps eight shapes of a function and refuses a ninth: each section starts anew."""
+    import torch
+
+    from benchmarks import gpu
+
+    def doubled(sizes):
+        compiled = torch.compile(
+            lambda x: 2 * x, fullgraph=True, dynamic=False, backend="eager"
+        )  # the same code, and so the same eight places, in both sections
+        return {str(n): float(compiled(torch.ones(n)).sum()) for n in sizes}
+
+    sections = {
+        "first": (0.1, lambda bench, seconds: doubled(range(1, 7))),
+        "second": (0.1, lambda bench, seconds: doubled(range(7, 13))),
+    }
+    monkeypatch.setattr(gpu, "SECTIONS", sections)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert results["second"]["12"] == 24
+
+
 def test_the_floor_is_what_takes_longer():
     from benchmarks.gpu_shapes import Work
 
