@@ -41,7 +41,7 @@ from npformer import TransformerConfig
 from torchformer import fast
 from torchformer.decoder import DecoderLayer
 from torchformer.encoder import EncoderLayer
-from torchformer.training import cross_entropy
+from torchformer.training import check_precision, cross_entropy
 
 DESCRIPTION = """\
 Measure torchformer on one GPU, in this order, as far as the budget goes: the card's ceilings;
@@ -760,8 +760,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, f"{parser.prog}: --device cuda: torch finds no CUDA device here\n")
     try:
+        check_precision("bfloat16", torch.device(options.device))
         harness.check_writable(options.out)
-    except harness.BenchmarkError as error:
+    except (ValueError, harness.BenchmarkError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     if options.budget is None:
         options.budget = 540.0 if options.device == "cuda" else 100.0

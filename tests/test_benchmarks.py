@@ -370,6 +370,22 @@ def test_the_gpu_benchmark_refuses_in_one_line(arguments, said, tmp_path, capsys
     assert said in error
 
 
+def test_the_gpu_benchmark_refuses_a_card_without_bfloat16(monkeypatch, tmp_path, capsys):
+    import torch
+
+    from benchmarks import gpu
+
+    def refuse(precision, device):
+        raise ValueError(f"Tesla T4 does not have {precision}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "check_precision", refuse)
+    with pytest.raises(SystemExit) as stop:
+        gpu.main(["--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("gpu: Tesla T4 does not have bfloat16\n")
+
+
 def test_a_section_that_does_not_fit_is_skipped_and_says_so(tmp_path, capsys):
     from benchmarks import gpu
 

@@ -1,5 +1,6 @@
 """The loop: resuming changes nothing, the best checkpoint is kept, tasks are what they say."""
 
+import contextlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -189,6 +190,20 @@ def test_a_precision_that_there_is_not_is_refused():
     config, recipe = small(task)
     with pytest.raises(ValueError, match="precision must be float32 or bfloat16, got 'float8'"):
         torchformer.training.Trainer(config, recipe, precision="float8")
+
+
+def test_a_card_that_only_emulates_bfloat16_is_refused(monkeypatch):
+    """Such as a T4, which says that it has it unless it is asked without emulation."""
+    cuda = torch.cuda
+    monkeypatch.setattr(cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    monkeypatch.setattr(cuda, "get_device_name", lambda device: "Tesla T4")
+    device = torch.device("cuda")
+    assert torchformer.training.check_precision("float32", device) == "float32"
+    with pytest.raises(ValueError, match="Tesla T4 does not have bfloat16"):
+        torchformer.training.check_precision("bfloat16", device)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracer looks at it itself

@@ -186,8 +186,11 @@ def check_precision(precision: str, device: torch.device) -> str:
     """Raises ValueError for one that there is not, or that the device does not have."""
     if precision not in ("float32", "bfloat16"):
         raise ValueError(f"precision must be float32 or bfloat16, got {precision!r}")
-    if precision == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ValueError(f"{torch.cuda.get_device_name(device)} does not have bfloat16")
+    if precision == "bfloat16" and device.type == "cuda":
+        with torch.cuda.device(device):  # emulated, it is slower than float32
+            has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        if not has_it:
+            raise ValueError(f"{torch.cuda.get_device_name(device)} does not have bfloat16")
     return precision
 
 
