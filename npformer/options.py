@@ -20,7 +20,7 @@ def integer(name: str, value: Any, least: int | None = None) -> int:
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+    return value
 
 
 def real(name: str, value: Any) -> float:
