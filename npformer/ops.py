@@ -180,7 +180,8 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
     x (..., S)   mask broadcastable to x   ->   y (..., S)
 
     Masked entries are exactly 0.  A row with nothing left to attend to is all 0, and so is its
-    gradient: never NaN, and never the uniform row that a -1e9 fill gives.
+    gradient, never the uniform row that a -1e9 fill gives.  A mask hides no NaN, as in torch's
+    kernels, where -inf is added to what is masked: one NaN in x, masked or not, makes its row NaN.
     """
     _check_floats("softmax", x=x)
     _check_last_axis("softmax", "x", x, "S")
@@ -208,7 +209,8 @@ def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
         if mask is not None:
             e *= mask
         return e
-    scores = x if mask is None else np.where(mask, x, -np.inf)
+    # -inf where masked; NaN - inf is NaN, so a NaN there stays
+    scores = x if mask is None else x - np.where(mask, x.dtype.type(0), np.inf)
     top = scores.max(axis=-1, keepdims=True)
     return np.exp(scores - np.maximum(top, np.finfo(x.dtype).min))  # finite, even where all masked
 
@@ -240,7 +242,7 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     shape = x.shape
 
     def backward(dy):
-        return unbroadcast(dy * ~mask, shape)
+        return unbroadcast(np.where(mask, 0.0, dy), shape)  # a product would keep a masked NaN
 
     return y, backward
 
@@ -277,6 +279,8 @@ def attention(
     q (..., T, D)   k (..., S, D)   v (..., S, E)   mask -> (..., T, S)   ->   y (..., T, E)
 
     Not in eq. 1: the mask (§ 3.2.3), and dropout of the weights, which torch has as well.
+
+    A masked key has weight 0, but 0 · NaN is NaN: a NaN in its key or value reaches every query.
     """
     _check_values(k, v)
     weights, backward_weights = attention_weights(q, k, mask)  # (..., T, S)
@@ -318,8 +322,9 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
         # through the variance.   dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
         dy_rows = dy.reshape(-1, C)
         dy_xhat = dy_rows * xhat
-        dmean = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
-        dvariance = dy_xhat @ (weight / C)  # (N,)
+        share = weight / C  # (C,)
+        dmean = dy_rows @ share  # (N,): the mean of dxhat, by a matrix-vector product
+        dvariance = dy_xhat @ share  # (N,)
         dx = dy_rows * weight
         dx -= xhat * dvariance[:, np.newaxis]
         dx -= dmean[:, np.newaxis]
@@ -330,13 +335,16 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
 
 
 def relu(x: Array) -> Forward:
-    """y = max(x, 0); the gradient at 0 is 0, as in torch.   x (...)   ->   y (...)"""
+    """y = max(x, 0); the gradient at 0 is 0, at NaN dy, as in torch.   x (...)   ->   y (...)
+
+    Where x < 0 a NaN in dy stays: it is multiplied by 0.  (torch puts 0 there.)
+    """
     _check_floats("relu", x=x)
     zeros = np.zeros(x.shape[-1:], x.dtype)  # a row of them: a scalar costs 2.5 times as much
     y = np.maximum(x, zeros)
 
     def backward(dy):
-        return dy * (y > 0)  # a product: ten times as fast as indexing with the condition
+        return dy * (y != 0)  # a product: ten times as fast as indexing with the condition
 
     return y, backward
 
@@ -421,7 +429,8 @@ def cross_entropy(
     t = (1 - ε) onehot + ε / V with ε = label_smoothing   [Szegedy et al. 2016, § 7], as in torch.
     The mean is over the targets that are not `ignore_index`.  `n_targets` overrides their number:
     a step split into micro-batches gives every part the count of the whole step, and the parts'
-    losses and gradients then add up to the whole's.  No target at all: the loss is NaN, as in
+    losses and gradients then add up to the whole's.  An ignored row is ignored whatever is in it,
+    NaN among it (torch's gradient there would be NaN).  No target at all: the loss is NaN, as in
     torch, the gradient 0, and a warning says so.
     """
     _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targets)

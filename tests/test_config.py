@@ -244,7 +244,10 @@ def test_a_toml_file_changes_what_it_names_and_nothing_else(tmp_path):
         ("[recipe]\nrate = nan", "rate must be positive, got nan"),
         ("[recipe]\nrate = inf", "rate must be positive, got inf"),
         ('[recipe]\nrate = "fast"', "rate must be a number, got 'fast'"),
-        ('[recipe]\nschedule = "linear"', "schedule must be constant, noam, inverse_sqrt or cosine, got 'linear'"),
+        (
+            '[recipe]\nschedule = "linear"',
+            "schedule must be constant, noam, inverse_sqrt or cosine, got 'linear'",
+        ),
         ("[recipe]\nlabel_smoothing = 1.5", "label_smoothing is a probability, got 1.5"),
         ('[recipe]\nlabel_smoothing = "a"', "label_smoothing must be a number, got 'a'"),
         ("[recipe]\nbetas = [0.9]", r"betas must be two numbers in \[0, 1\), got \[0.9\]"),

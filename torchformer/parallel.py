@@ -16,7 +16,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +46,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from npformer import checkpoint, presets, tasks, training
-from npformer.options import integer
+from npformer.options import integer, limit
 from npformer.tasks import PAD, Batch
 from torchformer.transformer import Transformer, as_numpy
 
@@ -163,8 +163,9 @@ def mean_loss(loss: Tensor, engine: str) -> float:
     return loss.item()
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """torch's clip_grad_norm_ for parameters of which some are spread and others are not."""
+    max_norm = limit("max_norm", max_norm)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([whole(torch.linalg.vector_norm(g)) for g in gradients])
     norm = torch.linalg.vector_norm(norms)
