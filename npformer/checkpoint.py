@@ -105,6 +105,14 @@ def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any
             )
 
 
+def check_arrays(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless `state` has exactly the expected names, shapes and dtypes."""
+    check_state({name: x.shape for name, x in expected.items()}, state)
+    for name, x in expected.items():
+        if state[name].dtype != x.dtype:
+            raise ValueError(f"{name} is {state[name].dtype}, here it is {x.dtype}")
+
+
 def save_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:

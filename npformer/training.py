@@ -17,7 +17,6 @@ What is in the folder
 import json
 import math
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -41,6 +40,7 @@ from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
 RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
+LOSS_CURVE = "loss.png"  # the command line's
 
 
 @dataclass(frozen=True)
@@ -144,18 +144,31 @@ class Trainer:
     def load_weights(self, state: Mapping[str, Array]) -> None:
         self.model.load_state_dict(state)
 
+    @property
+    def rngs(self) -> list[Rng]:
+        return self.threads.rngs if self.threads else [self.rng]
+
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All that the next step depends on besides the weights: arrays, and what JSON can hold."""
-        rngs = self.threads.rngs if self.threads else [self.rng]
-        return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in rngs]}
+        return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in self.rngs]}
 
-    def load_state(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(arrays)
-        rngs = self.threads.rngs if self.threads else [self.rng]
-        if len(values["rng"]) != len(rngs):
-            n = len(values["rng"])
+    def load(
+        self, weights: Mapping[str, Array], arrays: Mapping[str, Array], values: Mapping[str, Any]
+    ) -> None:
+        """Go on from these `weights` and this `state`: all of it is compared before any is loaded.
+
+        Raises ValueError where they are another model's or another optimizer's.
+        """
+        checkpoint.check_arrays(self.weights(), weights)
+        checkpoint.check_arrays(self.optimizer.state_dict(), arrays)
+        states, n = values["rng"], len(values["rng"])
+        if n != len(self.rngs):
             raise ValueError(f"the run was trained with {n} thread{'s' if n > 1 else ''}")
-        for rng, state in zip(rngs, values["rng"], strict=True):
+        for state in states:
+            np.random.default_rng(0).bit_generator.state = state  # one that NumPy takes
+        self.load_weights(weights)
+        self.optimizer.load_state_dict(arrays)
+        for rng, state in zip(self.rngs, states, strict=True):
             rng.bit_generator.state = state
 
 
@@ -181,7 +194,49 @@ class Progress:
     seconds: float = 0.0  # spent training, over all its sessions
     best: float | None = None  # the task's metric at the best checkpoint
     best_step: int = 0
+    since_best: int = 0  # evaluations without a better one
+    recent: list[int] = field(default_factory=list)  # the steps whose weights are in recent/
     history: dict[str, list] = field(default_factory=lambda: {"steps": [], "evaluations": []})
+
+    def __post_init__(self):
+        """Raises ValueError for what no run has written: a file brings anything."""
+        counts = (self.step, self.best_step, self.since_best, *_listed(self.recent))
+        if not all(_is_count(n) for n in counts):
+            raise ValueError("the progress has a step that is no step")
+        if not (_is_number(self.seconds) and 0 <= self.seconds < math.inf):
+            raise ValueError(f"the progress has {self.seconds!r} seconds")
+        if not (self.best is None or _is_number(self.best)):
+            raise ValueError(f"the progress has the best score {self.best!r}")
+        history = self.history if isinstance(self.history, dict) else {}
+        entries = [*_listed(history.get("steps")), *_listed(history.get("evaluations"))]
+        if set(history) != {"steps", "evaluations"} or not all(
+            isinstance(e, dict) and _is_count(e.get("step")) and all(map(_is_number, e.values()))
+            for e in entries
+        ):
+            raise ValueError("the progress has a history that is none")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        values = json.loads(text)
+        names = {f.name for f in fields(cls)}
+        later = {"since_best", "recent"}  # than the first version
+        if not (isinstance(values, dict) and names - later <= set(values) <= names):
+            raise ValueError("not a run of this version")
+        return cls(**values)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Have the weights of this step been scored?"""
+        evaluations = self.history["evaluations"]
+        return bool(evaluations) and evaluations[-1]["step"] == self.step
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]  # what is no list is no count either
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 @dataclass
@@ -205,125 +260,187 @@ def run(
     target: float | None = None,
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     report: Reporter | None = None,
     test_examples: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Train for `recipe.steps` or `minutes`, what ends first; the best checkpoint is in `folder`.
 
     `patience`: stop after that many evaluations without a better score; `target`: stop at a score
     that good.  Where the time will end first, the schedule is stretched to end with it.  Ctrl-C
-    saves and returns.  With `resume` the run in `folder` goes on where it stopped, and ends with
-    the same weights, bit for bit, as one that never stopped.
+    (or a SIGTERM) saves and returns.  With `resume` the run in `folder` goes on where it stopped,
+    was interrupted or was killed, and ends with the same best checkpoint and the same weights, bit
+    for bit, as one that never stopped (where no `minutes` limit it: no clock ticks the same twice).
+
+    A folder that holds a run is refused, unless it is resumed, or `overwrite` removes that run's
+    files first; nothing that a run did not write is touched.
+
+    clock   seconds, from any start
     """
     folder, report = Path(folder), report or Silent()
-    progress = _resume(trainer, folder, seed, recipe) if resume else Progress()
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
+    about |= {"plan": {"minutes": minutes, "patience": patience, "target": target}}
     about |= {"recipe": asdict(recipe), "versions": versions()}
+    about.pop("results", None)  # of the run as it ended before
+    if resume and has_begun(folder):
+        progress = _resume(trainer, folder, task, seed, recipe)
+    else:
+        if not resume:
+            make_room(folder, overwrite)
+        progress = Progress()
     checkpoint.save_json(folder / RUN, about)  # a folder that cannot be written fails here already
-    if not resume:
-        shutil.rmtree(folder / RECENT, ignore_errors=True)
     dev = _spread(task.dev(), recipe.dev_examples)
-    evaluations = progress.history["evaluations"]
-    session = _Clock(progress.seconds)
-    since_best, ended = 0, "done"
+    started = clock() - progress.seconds
+    history = progress.history
 
-    def evaluate(**about) -> bool:
-        """Score the weights as they are; save them if they are the best so far."""
-        entry = {"step": progress.step, "seconds": session.seconds()}
-        entry |= score(trainer.answer, task, dev)
-        entry |= about
+    def save() -> None:
+        progress.seconds = clock() - started
+        _save_resume(trainer, folder, task, progress, seed, recipe)
+        checkpoint.save_json(folder / HISTORY, history)
+
+    def evaluate(**how) -> None:
+        """Score the weights as they are; keep them if they are the best so far."""
+        entry = {"step": progress.step, "seconds": clock() - started}
+        entry |= score(trainer.answer, task, dev) | how
         is_best = task.better(entry[task.metric], progress.best)
+        progress.since_best += 1
         if is_best:
             progress.best, progress.best_step = entry[task.metric], progress.step
+            progress.since_best = 0
             checkpoint.save(folder, trainer.config, trainer.weights())
-        evaluations.append(entry)
-        progress.seconds = session.seconds()
-        _save_resume(trainer, folder, progress, seed, recipe)
-        checkpoint.save_json(folder / HISTORY, progress.history)
+        history["evaluations"].append(entry)
         report.evaluation(entry, is_best)
-        return is_best
 
-    total = recipe.steps
+    def evaluate_and_save() -> None:
+        # In this order: whoever is killed on the way evaluates once more, with the same result
+        _keep(trainer, folder / RECENT, progress, recipe.average)
+        evaluate()
+        save()
+        _forget(folder / RECENT, progress)
+
+    def used() -> float:
+        """The part of the time that is over."""
+        return 0.0 if minutes is None else (clock() - started) / (60 * minutes)
+
+    def why_it_ends() -> str | None:
+        if progress.step >= recipe.steps:
+            return "done"
+        if used() >= 1:
+            return "time"
+        is_good = target is not None and progress.best is not None
+        if is_good and not task.better(target, progress.best):
+            return "early"
+        if patience is not None and progress.since_best >= patience:
+            return "early"
+        return None
+
+    if progress.step == 0:
+        save()  # from now on there is something to go on from
+    _forget(folder / RECENT, progress)  # what was left by a run that was killed
     batches = trainer.batches(task, progress.step + 1, seed)
     with _graceful_interrupt() as interrupted:
-        while progress.step < total:
-            if minutes is not None:
-                used = session.seconds() / (60 * minutes)
-                if used >= 1:
-                    ended = "time"
-                    break
-                if progress.step >= 20:  # the schedule's end is where the time will be up
-                    reachable = max(progress.step + 1, math.ceil(progress.step / used))
-                    total = min(recipe.steps, reachable)
-            batch = next(batches)
-            step = progress.step + 1
-            rate = recipe.schedule_for(trainer.config, total)(step)
-            started = time.perf_counter()
-            loss = trainer.step(batch, rate)
-            tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
-            entry = {
-                "step": step,
-                "total": total,
-                "loss": loss,
-                "rate": rate,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-                "seconds": session.seconds(),
-            }
-            if not math.isfinite(loss):
+        while not (ended := why_it_ends()):
+            is_due = progress.step > 0 and progress.step % recipe.evaluate_every == 0
+            if is_due and not progress.is_evaluated:
+                evaluate_and_save()
+                continue
+            total, part = recipe.steps, used()
+            if progress.step >= 20 and part:  # the schedule's end is where the time will be up
+                total = min(total, max(progress.step + 1, math.ceil(progress.step / part)))
+            entry = _take_step(trainer, next(batches), progress.step + 1, total, recipe, clock)
+            if not math.isfinite(entry["loss"]):
                 raise ValueError(
-                    f"the loss is {loss} at step {step}: try a lower rate; the best checkpoint so "
-                    f"far is kept in {folder}"
+                    f"the loss is {entry['loss']} at step {entry['step']}: try a lower rate; the "
+                    f"best checkpoint so far is kept in {folder}"
                 )
-            progress.step = step
-            progress.history["steps"].append(entry)
+            progress.step = entry["step"]
+            entry["seconds"] = clock() - started
+            history["steps"].append(entry)
             report.step(entry)
             if interrupted():
-                ended = "interrupted"
-                break
-            if step % recipe.evaluate_every == 0 and step < total:
-                _keep(trainer, folder / RECENT, step, recipe.average)
-                since_best = 0 if evaluate() else since_best + 1
-                if target is not None and not task.better(target, progress.best):
-                    ended = "early"
-                    break
-                if patience is not None and since_best >= patience:
-                    ended = "early"
-                    break
-        if not evaluations or evaluations[-1]["step"] != progress.step:
-            if ended != "interrupted":
-                _keep(trainer, folder / RECENT, progress.step, recipe.average)
-            evaluate()
-    averaged = bool(evaluations) and "averaged" in evaluations[-1]
-    if recipe.average > 1 and ended != "interrupted" and not averaged:
-        trainer.load_weights(_average(folder / RECENT))
-        evaluate(averaged=recipe.average)
-    if ended == "interrupted":
-        return Outcome(ended, progress, {})
+                save()  # without an evaluation, which a run that never stopped would not have
+                return Outcome("interrupted", progress, {})
+        if not progress.is_evaluated:
+            evaluate_and_save()
+    if recipe.average > 1 and "averaged" not in history["evaluations"][-1]:
+        last = trainer.weights()
+        trainer.load_weights(_average(folder / RECENT, progress.recent))
+        evaluate(averaged=len(progress.recent))
+        trainer.load_weights(last)  # those that more steps would go on from
+        save()
     _, best = checkpoint.load(folder)
     trainer.load_weights(best)
     test = _spread(task.test(), test_examples) if test_examples else task.test()
     scores = score(trainer.answer, task, test)
     results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
+    checkpoint.save_json(folder / HISTORY, history | {"test": scores})
     checkpoint.save_json(folder / RUN, about | {"results": results | scores})
-    checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores})
     return Outcome(ended, progress, scores)
 
 
-def _keep(trainer, folder: Path, step: int, n: int) -> None:
-    """The weights at this step beside those of the n - 1 evaluations before it; older ones go."""
+def _take_step(
+    trainer, batch: Batch, step: int, total: int, recipe: Recipe, clock: Callable[[], float]
+) -> dict[str, float]:
+    """One update of the weights, and what there is to say about it."""
+    rate = recipe.schedule_for(trainer.config, total)(step)
+    before = clock()
+    loss = trainer.step(batch, rate)
+    took = clock() - before
+    n_tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
+    speed = n_tokens / took if took else 0.0
+    return {"step": step, "total": total, "loss": loss, "rate": rate, "tokens_per_second": speed}
+
+
+def has_begun(folder: Path) -> bool:
+    """Is there anything to go on from?  Killed before its first save, a run has its name only."""
+    return any((folder / name).exists() for name in (RESUME, checkpoint.MODEL, HISTORY))
+
+
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Remove the run in `folder`, if that is wanted.  Raises ValueError where it is not."""
+    if not (folder / RUN).exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} holds a run: resume it, overwrite it, or take another folder")
+    load_run(folder)  # it is ours, or it is refused
+    for step in _kept(folder / RECENT):
+        _snapshot(folder / RECENT, step).unlink()
+    for name in (RESUME, HISTORY, checkpoint.MODEL, checkpoint.CONFIG, LOSS_CURVE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _snapshot(folder: Path, step: int) -> Path:
+    return folder / f"{step:08d}.safetensors"
+
+
+def _kept(folder: Path) -> list[int]:
+    """The steps whose weights are in that folder."""
+    names = [path.stem for path in folder.glob("*.safetensors")]
+    return sorted(int(name) for name in names if name.isdecimal() and len(name) >= 8)
+
+
+def _keep(trainer, folder: Path, progress: Progress, n: int) -> None:
+    """The weights at this step beside those of the n - 1 evaluations before it."""
     if n < 2:
         return
-    checkpoint.save_tensors(folder / f"{step:08d}.safetensors", trainer.weights(), {})
-    for old in sorted(folder.glob("*.safetensors"))[:-n]:
-        old.unlink()
+    checkpoint.save_tensors(_snapshot(folder, progress.step), trainer.weights(), {})
+    progress.recent = [*progress.recent, progress.step][-n:]
 
 
-def _average(folder: Path) -> dict[str, Array]:
-    """The mean of the weights in that folder: nearer to the middle of the valley than any of them.
+def _forget(folder: Path, progress: Progress) -> None:
+    """Remove the weights that will not be averaged; after the save that says so."""
+    for step in _kept(folder):
+        if step not in progress.recent:
+            _snapshot(folder, step).unlink()
+
+
+def _average(folder: Path, steps: Sequence[int]) -> dict[str, Array]:
+    """The mean of the weights of these steps: nearer to the middle of the valley than any of them.
 
     [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
     """
-    kept = [checkpoint.load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    kept = [checkpoint.load_tensors(_snapshot(folder, step))[0] for step in steps]
     return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
@@ -353,14 +470,6 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
-class _Clock:
-    def __init__(self, seconds_before: float):
-        self.start = time.perf_counter() - seconds_before
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
 @contextmanager
 def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C is noted and acted on between steps, the second one is as usual."""
@@ -382,12 +491,15 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _save_resume(trainer, folder: Path, progress: Progress, seed: int, recipe: Recipe) -> None:
+def _save_resume(
+    trainer, folder: Path, task: Task, progress: Progress, seed: int, recipe: Recipe
+) -> None:
     """Weights, optimizer, random numbers and progress in one file, so that none is out of step."""
     arrays, values = trainer.state()
     tensors = {f"model.{name}": x for name, x in trainer.weights().items()}
     tensors |= {f"state.{name}": x for name, x in arrays.items()}
     metadata = {
+        "task": task.name,
         "backend": trainer.backend,
         "config": trainer.config.to_json(),
         "recipe": json.dumps(asdict(recipe)),
@@ -398,27 +510,31 @@ def _save_resume(trainer, folder: Path, progress: Progress, seed: int, recipe: R
     checkpoint.save_tensors(folder / RESUME, tensors, metadata)
 
 
-def _resume(trainer, folder: Path, seed: int, recipe: Recipe) -> Progress:
-    tensors, metadata = checkpoint.load_tensors(folder / RESUME)
-    with checkpoint.blame(folder / RESUME):
-        if metadata["backend"] != trainer.backend:
-            raise CheckpointError(
-                f"{folder / RESUME}: the run was trained with --backend {metadata['backend']}"
-            )
+def _resume(trainer, folder: Path, task: Task, seed: int, recipe: Recipe) -> Progress:
+    """Put the trainer where the run stopped.
+
+    Raises CheckpointError for another run, or for a state that does not fit; then nothing has been
+    loaded, and nothing written.
+    """
+    path = folder / RESUME
+    tensors, metadata = checkpoint.load_tensors(path)
+    with checkpoint.blame(path):
+        for name, ours in (("task", task.name), ("backend", trainer.backend), ("seed", str(seed))):
+            if metadata[name] != ours:
+                raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
         if TransformerConfig.from_json(metadata["config"]) != trainer.config:
-            raise CheckpointError(f"{folder / RESUME}: the run has another model configuration")
-        if metadata["seed"] != str(seed):
-            raise CheckpointError(f"{folder / RESUME}: the run has the seed {metadata['seed']}")
-        names = {f.name for f in fields(Progress)}
-        progress = json.loads(metadata["progress"])
-        if set(progress) != names:
-            raise CheckpointError(f"{folder / RESUME}: not a run of this version")
-        part = lambda prefix: {  # noqa: E731
-            name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
-        }
-        trainer.load_weights(part("model."))
-        trainer.load_state(part("state."), json.loads(metadata["values"]))
-        return Progress(**progress)
+            raise ValueError("the run has another model configuration")
+        theirs, ours = Recipe(**json.loads(metadata["recipe"])), asdict(recipe)
+        for name, value in asdict(theirs).items():
+            if name != "steps" and ours[name] != value:  # more steps may be wanted
+                raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
+        progress = Progress.from_json(metadata["progress"])
+        parts: dict[str, dict[str, Array]] = {"model": {}, "state": {}}
+        for name, x in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = x
+        trainer.load(parts["model"], parts["state"], json.loads(metadata["values"]))
+        return progress
 
 
 def load_run(folder: str | Path) -> dict[str, Any]:
@@ -429,7 +545,25 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     about = checkpoint.load_json(folder / RUN)
     if not isinstance(about, dict) or not {"task", "backend", "seed", "recipe"} <= set(about):
         raise CheckpointError(f"{folder / RUN}: does not say what was trained")
+    threads, plan, compiled = about.get("threads"), about.get("plan", {}), about.get("compile")
+    for name, is_right in (
+        ("task", isinstance(about["task"], str)),
+        ("backend", about["backend"] in ("numpy", "torch")),
+        ("seed", _is_count(about["seed"])),
+        ("config", isinstance(about.get("config", ""), str)),
+        ("recipe", isinstance(about["recipe"], dict)),
+        ("threads", threads is None or (_is_count(threads) and threads > 0)),
+        ("precision", about.get("precision") in (None, "float32", "bfloat16")),
+        ("compile", compiled is None or isinstance(compiled, bool)),
+        ("plan", isinstance(plan, dict) and all(_is_limit(x) for x in plan.values())),
+    ):
+        if not is_right:
+            raise CheckpointError(f"{folder / RUN}: {name} cannot be {about[name]!r}")
     return about
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 < value < math.inf)
 
 
 def versions() -> dict[str, str]:
