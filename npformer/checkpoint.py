@@ -41,7 +41,7 @@ def blame(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except KeyError as error:
         raise CheckpointError(f"{path}: lacks {error}") from None
-    except (ValueError, TypeError, SafetensorError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
 
 

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except BrokenPipeError:  # the reader (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
     except (ValueError, TypeError, OSError, MemoryError, MissingError) as error:
         message = " ".join(str(error).split())
@@ -274,7 +274,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     started = time.perf_counter()
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     task = tasks.load("sort")
     config, recipe = presets.build(task, presets.settings(task, "demo"))
     recipe = replace(recipe, steps=options.steps or recipe.steps)
@@ -332,7 +332,7 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     if options.resume:
         folder, about = Path(options.resume), _as_it_began(options)
         with blame(folder / training.RUN):
@@ -855,6 +855,19 @@ def _quiet(*_: object) -> None:
     pass
 
 
+def _say(text: str) -> None:
+    """Print what a long work has to say; it goes on where nobody listens any more (`| head -1`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _mute()
+        print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
+
+
+def _mute() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- Progress ---------------------------------------------------------------------------------
 
 
@@ -886,10 +899,9 @@ class _Lines(_Quiet):
         mark = "  (best so far)" if is_best else ""
         if n := entry.get("averaged"):
             mark = f"  (the last {n} weights averaged){mark}"
-        print(
+        _say(
             f"   step {entry['step']:>6}  {entry['seconds']:6.0f} s  loss {self.last['loss']:.3f}  "
-            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}",
-            flush=True,
+            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}"
         )
 
 

@@ -19,6 +19,7 @@ import math
 import platform
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -472,23 +473,30 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C is noted and acted on between steps, the second one is as usual."""
-    seen = []
+    """The first Ctrl-C or SIGTERM is noted and acted on between steps, the second one is as usual.
+
+    What else handles these signals is called as well, and is there again afterwards.
+    """
+    seen: list[int] = []
+    before: dict[int, Any] = {}
 
     def note(signum, frame):
         if seen:
             raise KeyboardInterrupt
         seen.append(signum)
+        usual = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
+        if before[signum] not in usual:
+            before[signum](signum, frame)
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: somebody else handles signals
-        yield lambda: False
-        return
+    if threading.current_thread() is threading.main_thread():  # else somebody else handles signals
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` ask for
+                before[signum] = signal.signal(signum, note)
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def _save_resume(
