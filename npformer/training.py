@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, schedules
+from npformer import checkpoint, schedules, storage
 from npformer.checkpoint import CheckpointError
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
@@ -279,118 +279,219 @@ def run(
 
     clock   seconds, from any start
     """
-    folder, report = Path(folder), report or Silent()
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
     about |= {"plan": {"minutes": minutes, "patience": patience, "target": target}}
     about |= {"recipe": asdict(recipe), "versions": versions()}
     about.pop("results", None)  # of the run as it ended before
-    if resume and has_begun(folder):
-        progress = _resume(trainer, folder, task, seed, recipe)
-    else:
-        if not resume:
-            make_room(folder, overwrite)
-        progress = Progress()
-    checkpoint.save_json(folder / RUN, about)  # a folder that cannot be written fails here already
-    dev = _spread(task.dev(), recipe.dev_examples)
-    started = clock() - progress.seconds
-    history = progress.history
+    folder, report = Path(folder), report or Silent()
+    with ExitStack() as held:
+        with checkpoint.blame(folder):
+            held.enter_context(storage.lock(folder))
+        run = _Run(trainer, task, folder, recipe, about, report, clock, test_examples)
+        run.begin(resume, overwrite)
+        ended = run.train()
+        scores = {} if ended == "interrupted" else run.finish(ended)
+        return Outcome(ended, run.progress, scores)
 
-    def save() -> None:
-        progress.seconds = clock() - started
-        _save_resume(trainer, folder, task, progress, seed, recipe)
-        checkpoint.save_json(folder / HISTORY, history)
 
-    def evaluate(**how) -> None:
-        """Score the weights as they are; keep them if they are the best so far."""
-        entry = {"step": progress.step, "seconds": clock() - started}
-        entry |= score(trainer.answer, task, dev) | how
-        is_best = task.better(entry[task.metric], progress.best)
-        progress.since_best += 1
-        if is_best:
-            progress.best, progress.best_step = entry[task.metric], progress.step
-            progress.since_best = 0
-            checkpoint.save(folder, trainer.config, trainer.weights())
-        history["evaluations"].append(entry)
-        report.evaluation(entry, is_best)
+@dataclass
+class _Run:
+    """What `run` is in the middle of."""
 
-    def evaluate_and_save() -> None:
-        # In this order: whoever is killed on the way evaluates once more, with the same result
-        _keep(trainer, folder / RECENT, progress, recipe.average)
-        evaluate()
-        save()
-        _forget(folder / RECENT, progress)
+    trainer: Any
+    task: Task
+    folder: Path
+    recipe: Recipe
+    about: dict[str, Any]
+    report: Reporter
+    clock: Callable[[], float]
+    test_examples: int | None
 
-    def used() -> float:
+    def begin(self, resume: bool, overwrite: bool) -> None:
+        """Where it goes on, or its first files; a folder that cannot be written fails here."""
+        self.dev = _spread(self.task.dev(), self.recipe.dev_examples)
+        self.progress = Progress()
+        if resume and has_begun(self.folder):
+            self.progress = self._load()
+        elif not resume:
+            make_room(self.folder, overwrite)
+        checkpoint.save_json(self.folder / RUN, self.about)
+        self.started = self.clock() - self.progress.seconds
+        if self.progress.step == 0:
+            self.save()  # from now on there is something to go on from
+        self._forget()  # what was left by a run that was killed
+
+    def train(self) -> str:
+        """Step by step to the end, or to an interruption; says which."""
+        progress, recipe, report = self.progress, self.recipe, self.report
+        batches = self.trainer.batches(self.task, progress.step + 1, int(self.about["seed"]))
+        with _graceful_interrupt() as interrupted:
+            while not (ended := self.why_it_ends()):
+                is_due = progress.step > 0 and progress.step % recipe.evaluate_every == 0
+                if is_due and not progress.is_evaluated:
+                    self.evaluate_and_save()
+                    continue
+                entry = self.take_step(next(batches))
+                progress.step = entry["step"]
+                progress.history["steps"].append(entry)
+                report.step(entry)
+                if interrupted():
+                    self.save()  # no evaluation: a run that never stopped would not have it
+                    return "interrupted"
+            if not progress.is_evaluated:
+                self.evaluate_and_save()
+        return ended
+
+    def finish(self, ended: str) -> dict[str, float]:
+        """The last weights averaged, where the recipe says so; the best tested."""
+        trainer, task, progress = self.trainer, self.task, self.progress
+        if self.recipe.average > 1 and "averaged" not in progress.history["evaluations"][-1]:
+            last = trainer.weights()
+            trainer.load_weights(self._average())
+            self.evaluate(averaged=len(progress.recent))
+            trainer.load_weights(last)  # those that more steps would go on from
+            self.save()
+        _, best = checkpoint.load(self.folder)
+        trainer.load_weights(best)
+        test = _spread(task.test(), self.test_examples) if self.test_examples else task.test()
+        scores = score(trainer.answer, task, test)
+        results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
+        checkpoint.save_json(self.folder / HISTORY, progress.history | {"test": scores})
+        checkpoint.save_json(self.folder / RUN, self.about | {"results": results | scores})
+        return scores
+
+    def seconds(self) -> float:
+        return self.clock() - self.started
+
+    def used(self) -> float:
         """The part of the time that is over."""
-        return 0.0 if minutes is None else (clock() - started) / (60 * minutes)
+        minutes = self.about["plan"]["minutes"]
+        return 0.0 if minutes is None else self.seconds() / (60 * minutes)
 
-    def why_it_ends() -> str | None:
-        if progress.step >= recipe.steps:
+    def why_it_ends(self) -> str | None:
+        plan, progress = self.about["plan"], self.progress
+        if progress.step >= self.recipe.steps:
             return "done"
-        if used() >= 1:
+        if self.used() >= 1:
             return "time"
-        is_good = target is not None and progress.best is not None
-        if is_good and not task.better(target, progress.best):
+        is_good = plan["target"] is not None and progress.best is not None
+        if is_good and not self.task.better(plan["target"], progress.best):
             return "early"
-        if patience is not None and progress.since_best >= patience:
+        if plan["patience"] is not None and progress.since_best >= plan["patience"]:
             return "early"
         return None
 
-    if progress.step == 0:
-        save()  # from now on there is something to go on from
-    _forget(folder / RECENT, progress)  # what was left by a run that was killed
-    batches = trainer.batches(task, progress.step + 1, seed)
-    with _graceful_interrupt() as interrupted:
-        while not (ended := why_it_ends()):
-            is_due = progress.step > 0 and progress.step % recipe.evaluate_every == 0
-            if is_due and not progress.is_evaluated:
-                evaluate_and_save()
-                continue
-            total, part = recipe.steps, used()
-            if progress.step >= 20 and part:  # the schedule's end is where the time will be up
-                total = min(total, max(progress.step + 1, math.ceil(progress.step / part)))
-            entry = _take_step(trainer, next(batches), progress.step + 1, total, recipe, clock)
-            if not math.isfinite(entry["loss"]):
-                raise ValueError(
-                    f"the loss is {entry['loss']} at step {entry['step']}: try a lower rate; the "
-                    f"best checkpoint so far is kept in {folder}"
-                )
-            progress.step = entry["step"]
-            entry["seconds"] = clock() - started
-            history["steps"].append(entry)
-            report.step(entry)
-            if interrupted():
-                save()  # without an evaluation, which a run that never stopped would not have
-                return Outcome("interrupted", progress, {})
-        if not progress.is_evaluated:
-            evaluate_and_save()
-    if recipe.average > 1 and "averaged" not in history["evaluations"][-1]:
-        last = trainer.weights()
-        trainer.load_weights(_average(folder / RECENT, progress.recent))
-        evaluate(averaged=len(progress.recent))
-        trainer.load_weights(last)  # those that more steps would go on from
-        save()
-    _, best = checkpoint.load(folder)
-    trainer.load_weights(best)
-    test = _spread(task.test(), test_examples) if test_examples else task.test()
-    scores = score(trainer.answer, task, test)
-    results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
-    checkpoint.save_json(folder / HISTORY, history | {"test": scores})
-    checkpoint.save_json(folder / RUN, about | {"results": results | scores})
-    return Outcome(ended, progress, scores)
+    def take_step(self, batch: Batch) -> dict[str, float]:
+        """One update of the weights, and what there is to say about it."""
+        step, total, used = self.progress.step + 1, self.recipe.steps, self.used()
+        if step > 20 and used:  # the schedule's end is where the time will be up
+            total = min(total, max(step, math.ceil((step - 1) / used)))
+        rate = self.recipe.schedule_for(self.trainer.config, total)(step)
+        before = self.clock()
+        loss = self.trainer.step(batch, rate)
+        took = self.clock() - before
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step}: try a lower rate; the best checkpoint so far "
+                f"is kept in {self.folder}"
+            )
+        n_tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
+        return {
+            "step": step,
+            "total": total,
+            "loss": loss,
+            "rate": rate,
+            "tokens_per_second": n_tokens / took if took else 0.0,
+            "seconds": self.seconds(),
+        }
 
+    def evaluate(self, **how: int) -> None:
+        """Score the weights as they are; keep them if they are the best so far."""
+        progress, metric = self.progress, self.task.metric
+        entry = {"step": progress.step, "seconds": self.seconds()}
+        entry |= score(self.trainer.answer, self.task, self.dev) | how
+        is_best = self.task.better(entry[metric], progress.best)
+        progress.since_best += 1
+        if is_best:
+            progress.best, progress.best_step, progress.since_best = entry[metric], entry["step"], 0
+            checkpoint.save(self.folder, self.trainer.config, self.trainer.weights())
+        progress.history["evaluations"].append(entry)
+        self.report.evaluation(entry, is_best)
 
-def _take_step(
-    trainer, batch: Batch, step: int, total: int, recipe: Recipe, clock: Callable[[], float]
-) -> dict[str, float]:
-    """One update of the weights, and what there is to say about it."""
-    rate = recipe.schedule_for(trainer.config, total)(step)
-    before = clock()
-    loss = trainer.step(batch, rate)
-    took = clock() - before
-    n_tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
-    speed = n_tokens / took if took else 0.0
-    return {"step": step, "total": total, "loss": loss, "rate": rate, "tokens_per_second": speed}
+    def evaluate_and_save(self) -> None:
+        # In this order: whoever is killed on the way evaluates once more, with the same result
+        self._keep()
+        self.evaluate()
+        self.save()
+        self._forget()
+
+    def save(self) -> None:
+        """Weights, optimizer, random numbers and progress in one file: none is out of step."""
+        self.progress.seconds = self.seconds()
+        arrays, values = self.trainer.state()
+        tensors = {f"model.{name}": x for name, x in self.trainer.weights().items()}
+        tensors |= {f"state.{name}": x for name, x in arrays.items()}
+        metadata = {
+            "task": self.task.name,
+            "backend": self.trainer.backend,
+            "config": self.trainer.config.to_json(),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "seed": str(self.about["seed"]),
+            "progress": json.dumps(asdict(self.progress)),
+            "values": json.dumps(values),
+        }
+        checkpoint.save_tensors(self.folder / RESUME, tensors, metadata)
+        checkpoint.save_json(self.folder / HISTORY, self.progress.history)
+
+    def _load(self) -> Progress:
+        """Put the trainer where the run stopped.
+
+        Raises CheckpointError for another run, or for a state that does not fit; then nothing has
+        been loaded, and nothing written.
+        """
+        path = self.folder / RESUME
+        tensors, metadata = checkpoint.load_tensors(path)
+        with checkpoint.blame(path):
+            for name in ("task", "backend", "seed"):
+                if metadata[name] != str(self.about[name]):
+                    ours = self.about[name]
+                    raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
+            if TransformerConfig.from_json(metadata["config"]) != self.trainer.config:
+                raise ValueError("the run has another model configuration")
+            theirs, ours = Recipe(**json.loads(metadata["recipe"])), asdict(self.recipe)
+            for name, value in asdict(theirs).items():
+                if name != "steps" and ours[name] != value:  # more steps may be wanted
+                    raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
+            progress = Progress.from_json(metadata["progress"])
+            parts: dict[str, dict[str, Array]] = {"model": {}, "state": {}}
+            for name, x in tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = x
+            self.trainer.load(parts["model"], parts["state"], json.loads(metadata["values"]))
+            return progress
+
+    def _keep(self) -> None:
+        """The weights at this step beside those of the evaluations before it, to be averaged."""
+        n, progress = self.recipe.average, self.progress
+        if n > 1:
+            path = _snapshot(self.folder, progress.step)
+            checkpoint.save_tensors(path, self.trainer.weights(), {})
+            progress.recent = [*progress.recent, progress.step][-n:]
+
+    def _forget(self) -> None:
+        """Remove the weights that will not be averaged; after the save that says so."""
+        for step in _snapshots(self.folder):
+            if step not in self.progress.recent:
+                _snapshot(self.folder, step).unlink()
+
+    def _average(self) -> dict[str, Array]:
+        """Their mean: nearer to the middle of the valley than any of them.
+
+        [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
+        """
+        paths = [_snapshot(self.folder, step) for step in self.progress.recent]
+        kept = [checkpoint.load_tensors(path)[0] for path in paths]
+        return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
 def has_begun(folder: Path) -> bool:
@@ -405,44 +506,20 @@ def make_room(folder: Path, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{folder} holds a run: resume it, overwrite it, or take another folder")
     load_run(folder)  # it is ours, or it is refused
-    for step in _kept(folder / RECENT):
-        _snapshot(folder / RECENT, step).unlink()
+    for step in _snapshots(folder):
+        _snapshot(folder, step).unlink()
     for name in (RESUME, HISTORY, checkpoint.MODEL, checkpoint.CONFIG, LOSS_CURVE):
         (folder / name).unlink(missing_ok=True)
 
 
 def _snapshot(folder: Path, step: int) -> Path:
-    return folder / f"{step:08d}.safetensors"
+    return folder / RECENT / f"{step:08d}.safetensors"
 
 
-def _kept(folder: Path) -> list[int]:
-    """The steps whose weights are in that folder."""
-    names = [path.stem for path in folder.glob("*.safetensors")]
+def _snapshots(folder: Path) -> list[int]:
+    """The steps of which the folder has the weights; what is named otherwise is not ours."""
+    names = [path.stem for path in (folder / RECENT).glob("*.safetensors")]
     return sorted(int(name) for name in names if name.isdecimal() and len(name) >= 8)
-
-
-def _keep(trainer, folder: Path, progress: Progress, n: int) -> None:
-    """The weights at this step beside those of the n - 1 evaluations before it."""
-    if n < 2:
-        return
-    checkpoint.save_tensors(_snapshot(folder, progress.step), trainer.weights(), {})
-    progress.recent = [*progress.recent, progress.step][-n:]
-
-
-def _forget(folder: Path, progress: Progress) -> None:
-    """Remove the weights that will not be averaged; after the save that says so."""
-    for step in _kept(folder):
-        if step not in progress.recent:
-            _snapshot(folder, step).unlink()
-
-
-def _average(folder: Path, steps: Sequence[int]) -> dict[str, Array]:
-    """The mean of the weights of these steps: nearer to the middle of the valley than any of them.
-
-    [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
-    """
-    kept = [checkpoint.load_tensors(_snapshot(folder, step))[0] for step in steps]
-    return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
 def score(
@@ -497,52 +574,6 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
-
-
-def _save_resume(
-    trainer, folder: Path, task: Task, progress: Progress, seed: int, recipe: Recipe
-) -> None:
-    """Weights, optimizer, random numbers and progress in one file, so that none is out of step."""
-    arrays, values = trainer.state()
-    tensors = {f"model.{name}": x for name, x in trainer.weights().items()}
-    tensors |= {f"state.{name}": x for name, x in arrays.items()}
-    metadata = {
-        "task": task.name,
-        "backend": trainer.backend,
-        "config": trainer.config.to_json(),
-        "recipe": json.dumps(asdict(recipe)),
-        "seed": str(seed),
-        "progress": json.dumps(asdict(progress)),
-        "values": json.dumps(values),
-    }
-    checkpoint.save_tensors(folder / RESUME, tensors, metadata)
-
-
-def _resume(trainer, folder: Path, task: Task, seed: int, recipe: Recipe) -> Progress:
-    """Put the trainer where the run stopped.
-
-    Raises CheckpointError for another run, or for a state that does not fit; then nothing has been
-    loaded, and nothing written.
-    """
-    path = folder / RESUME
-    tensors, metadata = checkpoint.load_tensors(path)
-    with checkpoint.blame(path):
-        for name, ours in (("task", task.name), ("backend", trainer.backend), ("seed", str(seed))):
-            if metadata[name] != ours:
-                raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
-        if TransformerConfig.from_json(metadata["config"]) != trainer.config:
-            raise ValueError("the run has another model configuration")
-        theirs, ours = Recipe(**json.loads(metadata["recipe"])), asdict(recipe)
-        for name, value in asdict(theirs).items():
-            if name != "steps" and ours[name] != value:  # more steps may be wanted
-                raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
-        progress = Progress.from_json(metadata["progress"])
-        parts: dict[str, dict[str, Array]] = {"model": {}, "state": {}}
-        for name, x in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = x
-        trainer.load(parts["model"], parts["state"], json.loads(metadata["values"]))
-        return progress
 
 
 def load_run(folder: str | Path) -> dict[str, Any]:

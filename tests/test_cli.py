@@ -402,5 +402,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, cap
     for place in ("file", "file/below"):
         out = tmp_path / place
         err = refused(capsys, "train", "sort", "--out", out, "--backend", backend)
-        assert f"{out / 'run.json'}: " in err
+        assert f"{out}: " in err
     assert files(tmp_path) == {str(tmp_path / "file"): b"kept"}
