@@ -332,7 +332,7 @@ class _Run:
                     self.evaluate_and_save()
                     continue
                 entry = self.take_step(next(batches))
-                progress.step = entry["step"]
+                progress.step += 1
                 progress.history["steps"].append(entry)
                 report.step(entry)
                 if interrupted():
