@@ -8,35 +8,49 @@ part of the input.  What was computed for the earlier ones is kept, see cache.py
     beam_search    the most likely answer, as far as a few candidates kept side by side can tell
     sample         a token by its probability: another answer each time
 
-Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen.
+Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen, unless
+`eos_id` names them.
 """
 
 import numpy as np
 
-from npformer.answers import Hypothesis, check_beams, check_decoding, check_sampling
+from npformer.answers import (
+    Hypothesis,
+    Ids,
+    check_beams,
+    check_decoding,
+    check_rng,
+    check_sampling,
+    not_finite,
+)
 from npformer.cache import Cache
 from npformer.ops import Array, Rng, log_softmax, softmax
 from npformer.transformer import Transformer
 
 
 def greedy(
-    model: Transformer, src: Array, *, max_len: int, sos_id: int = 1, eos_id: int = 2
+    model: Transformer, src: Array, *, max_len: int, sos_id: int = 1, eos_id: Ids = 2
 ) -> list[list[int]]:
     """The most likely next token, again and again, until `eos_id` or `max_len` tokens.
 
     src (B, S) ids   ->   B lists of ids, without `sos_id` and `eos_id`.  Each sample stops on its
-    own, and those that are done are no longer computed.  Ties go to the lower id.  Raises
-    ValueError where max_len + 1 exceeds the model's positions.
+    own, and those that are done are no longer computed.  Ties go to the lower id.
+
+    eos_id   one id or several, each of which ends an answer; None: only max_len does
+
+    Raises ValueError where max_len + 1 exceeds the model's positions, for an id that the vocabulary
+    does not have, and for logits that are NaN.  A source is padded on the right: pads before a
+    token count as positions, so that its answer is not the one it gets without them.
     """
-    check_decoding(model, max_len)
-    answers: list[list[int]] = [[] for _ in src]
+    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
     cache = model.start(src)
+    answers: list[list[int]] = [[] for _ in src]
     running = np.arange(len(src))  # the samples that have not stopped
     token = np.full(len(src), sos_id)  # (B,)
     while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(axis=-1)  # (B,)
-        going_on = token != eos_id
+        going_on = goes_on[token]
         if not going_on.all():
             running, token, cache = running[going_on], token[going_on], cache.select(going_on)
         for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
@@ -54,7 +68,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = True,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[Hypothesis]]:
     """The best answers found by keeping the `num_beams` best beginnings at every length.
 
@@ -67,17 +81,17 @@ def beam_search(
     `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
-    check_decoding(model, max_len)
-    check_beams(num_beams, num_return_sequences)
-    B, K = len(src), num_beams
+    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
+    check_beams(num_beams, num_return_sequences, length_penalty, early_stopping, max_len)
+    cache, B, K = model.start(src), len(src), num_beams
+    cache = cache.select(np.repeat(np.arange(B), K))  # beams of a sample side by side
     found: list[list[Hypothesis]] = [[] for _ in src]
-    cache = model.start(src).select(np.repeat(np.arange(B), K))  # beams of a sample side by side
     running = np.arange(B)  # the samples that have not stopped
     tokens = np.full((B, K, 1), sos_id)
     scores = np.full((B, K), -np.inf)  # log p of each beginning; -inf: nobody is there
     scores[:, 0] = 0
     while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, tokens[:, :, -1].reshape(-1), cache, sos_id)
+        logits, cache = next_logits(model, tokens[:, :, -1].reshape(-1), cache, allowed, running)
         log_p, _ = log_softmax(logits.astype(np.float64))  # (B K, V)
         V = log_p.shape[-1]
         # Every beginning, gone on with by every token
@@ -91,7 +105,7 @@ def beam_search(
         tokens = np.concatenate([tokens, token[:, :, np.newaxis]], axis=-1)  # (B, K, 1 + length)
 
         n = tokens.shape[-1] - 1
-        is_end = (token == eos_id) & np.isfinite(scores)
+        is_end = ~goes_on[token] & np.isfinite(scores)
         is_cut = np.isfinite(scores) & (n == max_len)
         for i, k in zip(*np.nonzero(is_end | is_cut), strict=True):
             answer = tokens[i, k, 1:].tolist()
@@ -124,7 +138,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[int]]:
     """Each token drawn by its probability: softmax(logits / temperature), less the unlikely ones.
 
@@ -134,19 +148,21 @@ def sample(
     top_k          only the k most likely tokens; 0: all
     top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
     """
-    check_decoding(model, max_len)
+    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
     check_sampling(temperature, top_k, top_p)
-    answers: list[list[int]] = [[] for _ in src]
+    check_rng(rng, np.random.Generator, "np.random.default_rng(0)")
     cache = model.start(src)
+    answers: list[list[int]] = [[] for _ in src]
     running, token = np.arange(len(src)), np.full(len(src), sos_id)  # (B,)
     while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         p = probabilities(logits.astype(np.float64), temperature, top_k, top_p)  # (B, V)
         # The first token at which the running total exceeds a number drawn from [0, 1)
         total = p.cumsum(axis=-1)
         token = (total > rng.random((len(p), 1)) * total[:, -1:]).argmax(axis=-1)  # (B,)
-        going_on = token != eos_id
-        running, token, cache = running[going_on], token[going_on], cache.select(going_on)
+        going_on = goes_on[token]
+        if not going_on.all():
+            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
         for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
@@ -166,9 +182,27 @@ def probabilities(logits: Array, temperature: float, top_k: int, top_p: float) -
     return kept
 
 
-def next_logits(model: Transformer, token: Array, cache: Cache, sos_id: int) -> tuple[Array, Cache]:
-    """What may come after `token` (B,): logits (B, V), in which pad and start are impossible."""
+def choices(model: Transformer, max_len: int, sos_id: int, eos_id: Ids) -> tuple[Array, Array]:
+    """Which tokens may be chosen: all but pad and start.  And after which an answer goes on.   (V,)
+
+    What `eos_id` names may be chosen even so, and ends an answer.
+    """
+    ends, never = check_decoding(model, max_len, sos_id, eos_id)
+    allowed, goes_on = np.ones((2, model.config.tgt_vocab_size), bool)
+    allowed[never], goes_on[ends] = False, False
+    return allowed, goes_on
+
+
+def next_logits(
+    model: Transformer, token: Array, cache: Cache, allowed: Array, samples: Array
+) -> tuple[Array, Cache]:
+    """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
+
+    Raises ValueError, naming one of `samples`, where there is no most likely token: for NaN.
+    """
     logits, cache = model.step(token[:, np.newaxis], cache)  # (B, 1, V)
-    last = logits[:, -1].copy()  # (B, V)
-    last[:, [model.config.tgt_pad_id, sos_id]] = -np.inf
+    last = np.where(allowed, logits[:, -1], -np.inf)  # (B, V)
+    top = last.max(axis=-1)  # (B,)
+    if not np.isfinite(top).all():
+        raise not_finite(top.tolist(), samples.tolist(), cache.length)
     return last, cache
