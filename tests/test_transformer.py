@@ -354,7 +354,8 @@ def test_a_given_mask_can_only_take_away(data, seed):
     model, batch = make_model(config, seed), data.draw(batches(config, given_masks=False))
     src, tgt = batch.src, batch.tgt
     expected = model.infer(src, tgt)
-    everything = {"src_mask": np.array(True), "tgt_mask": np.full((1, 1, 1, tgt.shape[1]), True)}
+    everything = {"src_mask": np.full((src.shape[1],) * 2, True)}
+    everything["tgt_mask"] = np.full((1, 1, 1, tgt.shape[1]), True)
     np.testing.assert_array_equal(model.infer(src, tgt, **everything), expected)
     # What padding and causality forbid already may be forbidden once more.
     causal = np.arange(tgt.shape[1]) <= np.arange(tgt.shape[1])[:, None]
