@@ -11,6 +11,7 @@ from npformer.cache import KeyValues
 from npformer.layers import Linear
 from npformer.module import Module
 from npformer.ops import Array, Forward, Mask, Rng
+from npformer.options import integer, probability
 
 
 def split_heads(x: Array, n_heads: int) -> Array:  # (B, T, C) -> (B, H, T, D)
@@ -47,6 +48,8 @@ class MultiHeadAttention(Module):
         rng: Rng,
         dtype: DTypeLike = np.float32,
     ):
+        d_model, n_heads = integer("d_model", d_model, 1), integer("n_heads", n_heads, 1)
+        dropout = probability("dropout", dropout)
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
         self.n_heads, self.dropout = n_heads, dropout

@@ -5,6 +5,7 @@ Shapes  B batch, T query positions, S key positions, C model width, H heads, D =
 
 from torch import Tensor, nn
 
+from npformer.options import integer, probability
 from torchformer import ops
 from torchformer.cache import KeyValues
 from torchformer.masks import CAUSAL
@@ -31,6 +32,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
+        d_model, n_heads = integer("d_model", d_model, 1), integer("n_heads", n_heads, 1)
+        dropout = probability("dropout", dropout)
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
         self.d_head, self.dropout = d_model // n_heads, dropout

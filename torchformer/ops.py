@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from npformer.options import probability
 from torchformer.masks import CAUSAL, causal_mask
 
 Mask = Any  # a boolean Tensor, True means "may attend"; masks.CAUSAL; or None
@@ -51,6 +52,7 @@ def attention(
     is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has to
     reach the weights, which the kernels never write down: then they are made explicitly.
     """
+    p = probability("dropout: p", p)
     if rng is not None:
         weights = attention_weights(q, k, mask)  # (..., T, S)
         return dropout(weights, p, True, rng) @ v
@@ -64,6 +66,7 @@ def attention(
 
 def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     """F.dropout, or, given an `rng`, with the mask that `rng.dropout_mask(shape, p)` replays."""
+    p = probability("dropout: p", p)
     if rng is None or not training or p == 0:
         return F.dropout(x, p, training)
     keep = rng.dropout_mask(tuple(x.shape), p)
