@@ -1,10 +1,12 @@
-"""What both twins say of decoding: a hypothesis, and which options make sense (no numbers here)."""
+"""What both twins say of decoding: a hypothesis, and which options make sense (no arrays here)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-Ids = int | Sequence[int] | None  # of tokens that end an answer; None: only its length does
+from npformer.options import flag, integer, number, real
+
+Ids = int | Iterable[int] | None  # of tokens that end an answer; None: none does
 
 
 class Hypothesis(NamedTuple):
@@ -31,46 +33,81 @@ def check_decoding(
     return ends, never_ids(sorted(never), ends, V)
 
 
-def check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-
-
-def check_number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {value!r}")
-
-
 def token_id(name: str, value: Any, vocab_size: int) -> int:
-    """`value`, an integer of any kind.  Raises ValueError where the vocabulary does not have it."""
-    is_integer = hasattr(value, "__index__") and not isinstance(value, bool)
-    if not is_integer or not 0 <= value < vocab_size:
-        raise ValueError(
-            f"{name} must be a token of the vocabulary, an integer from 0 to {vocab_size - 1}, "
-            f"got {value!r}"
-        )
-    return int(value)
+    if not 0 <= integer(name, value) < vocab_size:
+        raise ValueError(f"{name} must be 0 to {vocab_size - 1}, a token's, got {value}")
+    return integer(name, value)
 
 
 def end_ids(eos_id: Ids, vocab_size: int) -> list[int]:
-    """`eos_id` as a list: one id, or several, or none where it is None."""
+    """`eos_id` as a list: of one id, of several, or of none where it is None."""
     if eos_id is None:
         return []
-    if not isinstance(eos_id, Sequence) or isinstance(eos_id, str):
-        return [token_id("eos_id", eos_id, vocab_size)]
-    if not eos_id:
-        raise ValueError("eos_id is empty; where only max_len ends an answer, pass None")
-    return [token_id("eos_id", token, vocab_size) for token in eos_id]
+    try:
+        several = [*eos_id]  # pyright: ignore[reportGeneralTypeIssues]
+    except TypeError:
+        several = [eos_id]
+    if not several:
+        raise ValueError("eos_id is empty: pass None where nothing but the length ends an answer")
+    return [token_id("eos_id", token, vocab_size) for token in several]
 
 
-def never_ids(never: Sequence[int], ends: list[int], vocab_size: int) -> list[int]:
+def never_ids(never: Iterable[int], ends: list[int], vocab_size: int) -> list[int]:
     """`never` as a list: tokens that are not chosen, and so do not end an answer either."""
     checked = [token_id("never", token, vocab_size) for token in never]
     if both := sorted({*checked} & {*ends}):
-        raise ValueError(f"never and eos_id contradict each other: both have the token {both[0]}")
+        raise ValueError(f"never and eos_id contradict each other: {both[0]} is in both")
     if len({*checked}) == vocab_size:
-        raise ValueError(f"no token may be chosen: all {vocab_size} are pads, starts or in never")
+        raise ValueError(f"none of the {vocab_size} tokens may be chosen: eos_id names none either")
     return checked
+
+
+def check_max_len(max_len: int, positions: int) -> None:
+    """Raises ValueError where the start token and `max_len` more do not fit the positions."""
+    if not 1 <= integer("max_len", max_len) < positions:
+        raise ValueError(
+            f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "
+            "positions, and one is the start token's"
+        )
+
+
+def check_beams(
+    num_beams: int,
+    num_return_sequences: int,
+    length_penalty: float,
+    early_stopping: bool,
+    max_len: int,
+) -> float:
+    """The length penalty as a Python float.
+
+    Raises ValueError unless 1 <= num_return_sequences <= num_beams, and where n ** length_penalty
+    is not a positive number for every length n.
+    """
+    integer("num_beams", num_beams, 1)
+    if not 1 <= integer("num_return_sequences", num_return_sequences) <= num_beams:
+        raise ValueError(
+            f"num_return_sequences must be 1 to num_beams = {num_beams}, got {num_return_sequences}"
+        )
+    flag("early_stopping", early_stopping)
+    length_penalty = number("length_penalty", length_penalty)
+    if abs(length_penalty) * math.log(max_len) > 600:  # e^600 = 10^260
+        raise ValueError(f"length_penalty is a power of the length, got {length_penalty}")
+    return length_penalty
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises ValueError for a temperature, top_k or top_p that means nothing."""
+    if not 1e-30 < real("temperature", temperature) < math.inf:  # below, a logit / it overflows
+        raise ValueError(f"temperature must be positive, got {temperature}; for 0 there is greedy")
+    integer("top_k", top_k, 0)
+    if not 0 < real("top_p", top_p) <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def check_rng(rng: Any, kind: type, example: str) -> None:
+    """Raises TypeError where `rng` is none of the library's generators, a seed for example."""
+    if not isinstance(rng, kind):
+        raise TypeError(f"rng must be a generator, such as {example}, got {rng!r}")
 
 
 def not_finite(top: list[float], samples: list[int], position: int) -> ValueError:
@@ -85,56 +122,3 @@ def not_finite(top: list[float], samples: list[int], position: int) -> ValueErro
         f"sample {samples[row * len(samples) // len(top)]}: a weight of the model is NaN or "
         "infinite, or so large that a sum overflowed"
     )
-
-
-def check_max_len(max_len: int, positions: int) -> None:
-    """Raises ValueError where the start token and `max_len` more do not fit the positions."""
-    check_integer("max_len", max_len)
-    if not 1 <= max_len < positions:
-        raise ValueError(
-            f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "
-            "positions, and one is the start token's"
-        )
-
-
-def check_beams(
-    num_beams: int,
-    num_return_sequences: int,
-    length_penalty: float,
-    early_stopping: bool,
-    max_len: int,
-) -> None:
-    """Raises ValueError unless 1 <= num_return_sequences <= num_beams, and for other nonsense."""
-    for name, n in (("num_beams", num_beams), ("num_return_sequences", num_return_sequences)):
-        check_integer(name, n)
-    if num_beams < 1:
-        raise ValueError(f"num_beams must be at least 1, got {num_beams}")
-    if not 1 <= num_return_sequences <= num_beams:
-        raise ValueError(
-            f"num_return_sequences must be 1 to num_beams = {num_beams}, got {num_return_sequences}"
-        )
-
-    check_number("length_penalty", length_penalty)
-    if not abs(length_penalty) * math.log(max_len + 1) < 700:  # n ** penalty would be infinite or 0
-        raise ValueError(f"length_penalty must be a small number, got {length_penalty}")
-    if not isinstance(early_stopping, bool):
-        raise ValueError(f"early_stopping must be True or False, got {early_stopping!r}")
-
-
-def check_rng(rng: Any, kind: type, example: str) -> None:
-    """Raises TypeError where `rng` is no generator of the library's."""
-    if not isinstance(rng, kind):
-        raise TypeError(f"rng must be a generator, such as {example}, got {rng!r}")
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raises ValueError for a temperature, top_k or top_p that means nothing."""
-    check_number("temperature", temperature)
-    check_integer("top_k", top_k)
-    check_number("top_p", top_p)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive, got {temperature}; for 0 there is greedy")
-    if top_k < 0:
-        raise ValueError(f"top_k must be at least 0 (all tokens), got {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")

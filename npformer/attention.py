@@ -108,8 +108,11 @@ def check_heads_mask(
         return
     ops.check_boolean(module, mask, "may attend", name)
     B, H, T, S = scores
-    sizes = ((T,), (S,)) if mask.ndim == 2 else ((B, 1), (H, 1), (T, 1), (S,))
-    if mask.ndim != len(sizes) or any(n not in of for n, of in zip(mask.shape, sizes, strict=True)):
+    fits = mask.shape == (T, S)
+    if mask.ndim == 4:
+        b, h, t, s = mask.shape
+        fits = b in (1, B) and h in (1, H) and t in (1, T) and s == S
+    if not fits:
         wrong = f"does not broadcast to (B, H, T, S) = {scores}"
         if mask.ndim == 3:
             wrong = "has 3 axes: is the first one B or H?"

@@ -12,6 +12,9 @@ Options are named as in Hugging Face's `generate`.  Pad and start tokens are nev
 `eos_id` names them.
 """
 
+import math
+from itertools import compress
+
 import numpy as np
 
 from npformer.answers import (
@@ -45,15 +48,16 @@ def greedy(
     allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
-    running = np.arange(len(src))  # the samples that have not stopped
+    running = list(range(len(src)))  # the samples that have not stopped
     token = np.full(len(src), sos_id)  # (B,)
-    while running.size and cache.length < max_len:
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on)]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -82,15 +86,17 @@ def beam_search(
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
     allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
-    check_beams(num_beams, num_return_sequences, length_penalty, early_stopping, max_len)
+    length_penalty = check_beams(
+        num_beams, num_return_sequences, length_penalty, early_stopping, max_len
+    )
     cache, B, K = model.start(src), len(src), num_beams
     cache = cache.select(np.repeat(np.arange(B), K))  # beams of a sample side by side
     found: list[list[Hypothesis]] = [[] for _ in src]
-    running = np.arange(B)  # the samples that have not stopped
+    running = list(range(B))  # the samples that have not stopped
     tokens = np.full((B, K, 1), sos_id)
     scores = np.full((B, K), -np.inf)  # log p of each beginning; -inf: nobody is there
     scores[:, 0] = 0
-    while running.size and cache.length < max_len:
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, tokens[:, :, -1].reshape(-1), cache, allowed, running)
         log_p, _ = log_softmax(logits.astype(np.float64))  # (B K, V)
         V = log_p.shape[-1]
@@ -105,8 +111,8 @@ def beam_search(
         tokens = np.concatenate([tokens, token[:, :, np.newaxis]], axis=-1)  # (B, K, 1 + length)
 
         n = tokens.shape[-1] - 1
-        is_end = ~goes_on[token] & np.isfinite(scores)
-        is_cut = np.isfinite(scores) & (n == max_len)
+        is_alive = np.isfinite(scores)
+        is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in zip(*np.nonzero(is_end | is_cut), strict=True):
             answer = tokens[i, k, 1:].tolist()
             score = float(scores[i, k]) / n**length_penalty
@@ -122,7 +128,7 @@ def beam_search(
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
         rows = (np.arange(len(running))[:, np.newaxis] * K + beam)[going_on].reshape(-1)
-        cache, running = cache.select(rows), running[going_on]
+        cache, running = cache.select(rows), [*compress(running, going_on)]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
     return [hypotheses[:num_return_sequences] for hypotheses in best_first]
@@ -153,8 +159,8 @@ def sample(
     check_rng(rng, np.random.Generator, "np.random.default_rng(0)")
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
-    running, token = np.arange(len(src)), np.full(len(src), sos_id)  # (B,)
-    while running.size and cache.length < max_len:
+    running, token = list(range(len(src))), np.full(len(src), sos_id)  # (B,)
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         p = probabilities(logits.astype(np.float64), temperature, top_k, top_p)  # (B, V)
         # The first token at which the running total exceeds a number drawn from [0, 1)
@@ -162,8 +168,9 @@ def sample(
         token = (total > rng.random((len(p), 1)) * total[:, -1:]).argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on)]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -194,7 +201,7 @@ def choices(model: Transformer, max_len: int, sos_id: int, eos_id: Ids) -> tuple
 
 
 def next_logits(
-    model: Transformer, token: Array, cache: Cache, allowed: Array, samples: Array
+    model: Transformer, token: Array, cache: Cache, allowed: Array, samples: list[int]
 ) -> tuple[Array, Cache]:
     """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
 
@@ -202,7 +209,6 @@ def next_logits(
     """
     logits, cache = model.step(token[:, np.newaxis], cache)  # (B, 1, V)
     last = np.where(allowed, logits[:, -1], -np.inf)  # (B, V)
-    top = last.max(axis=-1)  # (B,)
-    if not np.isfinite(top).all():
-        raise not_finite(top.tolist(), samples.tolist(), cache.length)
+    if not math.isfinite(last.max()):
+        raise not_finite(last.max(axis=-1).tolist(), samples, cache.length)
     return last, cache

@@ -196,8 +196,9 @@ class Transformer(Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
-        mask = known & causal_mask(tgt.shape[1], offset=offset)
-        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, length + T)
+        T = tgt.shape[1]
+        mask = known if T == 1 else known & causal_mask(T, offset=offset)  # nothing comes after one
+        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
         with no_grad():
             x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
             if cache.memory_mask is None:

@@ -8,6 +8,9 @@ Options are named as in Hugging Face's `generate`.  Pad and start tokens are nev
 `eos_id` names them.
 """
 
+import math
+from itertools import compress
+
 import torch
 from torch import Tensor
 
@@ -38,15 +41,16 @@ def greedy(
     allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)  # (V,)
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
-    running = torch.arange(len(src), device=src.device)  # the samples that have not stopped
+    running = list(range(len(src)))  # the samples that have not stopped
     token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
-    while len(running) and cache.length < max_len:
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(dim=-1)  # (B,)
         going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on.tolist())]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -76,16 +80,18 @@ def beam_search(
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
     allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)  # (V,)
-    check_beams(num_beams, num_return_sequences, length_penalty, early_stopping, max_len)
+    length_penalty = check_beams(
+        num_beams, num_return_sequences, length_penalty, early_stopping, max_len
+    )
     cache, B, K, device = model.start(src), len(src), num_beams, src.device
     rows = torch.arange(B, device=device).repeat_interleave(K)
     cache = cache.select(rows)  # beams of a sample side by side
     found: list[list[Hypothesis]] = [[] for _ in src]
-    running = torch.arange(B, device=device)  # the samples that have not stopped
+    running = list(range(B))  # the samples that have not stopped
     tokens = torch.full((B, K, 1), sos_id, device=device)
     scores = torch.full((B, K), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0
-    while len(running) and cache.length < max_len:
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, tokens[:, :, -1].flatten(), cache, allowed, running)
         log_p = logits.double().log_softmax(dim=-1)  # (B K, V)
         V = log_p.shape[-1]
@@ -93,15 +99,15 @@ def beam_search(
         extended = (scores.reshape(-1, 1) + log_p).reshape(-1, K * V)  # (B, K V)
         best = torch.argsort(-extended, dim=-1, stable=True)[:, :K]  # (B, K)
         scores = extended.gather(-1, best)  # (B, K)
-        places = torch.tensor([K - len(found[sample]) for sample in running.tolist()])
+        places = torch.tensor([K - len(found[sample]) for sample in running])
         scores[torch.arange(K, device=device) >= places.to(device)[:, None]] = -torch.inf
         beam, token = best // V, best % V  # whose continuation, by what   (B, K)
         tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[-1]))
         tokens = torch.cat([tokens, token[:, :, None]], dim=-1)  # (B, K, 1 + length)
 
         n = tokens.shape[-1] - 1
-        is_end = ~goes_on[token] & scores.isfinite()
-        is_cut = scores.isfinite() & (n == max_len)
+        is_alive = scores.isfinite()
+        is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in (is_end | is_cut).nonzero().tolist():
             answer = tokens[i, k, 1:].tolist()
             score = float(scores[i, k]) / n**length_penalty
@@ -112,12 +118,12 @@ def beam_search(
         hope /= (max_len if length_penalty > 0 else n + 1) ** length_penalty  # at the very best
         going_on = hope.isfinite()
         if early_stopping:
-            for i, sample in enumerate(running.tolist()):
+            for i, sample in enumerate(running):
                 top = sorted((h.score for h in found[sample]), reverse=True)
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
         rows = (torch.arange(len(running), device=device)[:, None] * K + beam)[going_on].flatten()
-        cache, running = cache.select(rows), running[going_on]
+        cache, running = cache.select(rows), [*compress(running, going_on.tolist())]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
     return [hypotheses[:num_return_sequences] for hypotheses in best_first]
@@ -149,16 +155,17 @@ def sample(
     check_rng(rng, torch.Generator, "torch.Generator().manual_seed(0)")
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
-    running = torch.arange(len(src), device=src.device)
+    running = list(range(len(src)))
     token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
-    while len(running) and cache.length < max_len:
+    while running and cache.length < max_len:
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         p = probabilities(logits.double(), temperature, top_k, top_p)  # (B, V)
         token = torch.multinomial(p, 1, generator=rng)[:, 0]  # (B,)
         going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on.tolist())]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -188,7 +195,7 @@ def choices(
 
 
 def next_logits(
-    model: Transformer, token: Tensor, cache: Cache, allowed: Tensor, samples: Tensor
+    model: Transformer, token: Tensor, cache: Cache, allowed: Tensor, samples: list[int]
 ) -> tuple[Tensor, Cache]:
     """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
 
@@ -196,7 +203,6 @@ def next_logits(
     """
     logits, cache = model.step(token[:, None], cache)  # (B, 1, V)
     last = logits[:, -1].masked_fill(~allowed, -torch.inf)  # (B, V)
-    top = last.amax(dim=-1)  # (B,)
-    if not top.isfinite().all():
-        raise not_finite(top.tolist(), samples.tolist(), cache.length)
+    if not math.isfinite(last.max()):
+        raise not_finite(last.amax(dim=-1).tolist(), samples, cache.length)
     return last, cache

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from npformer import answers
 from npformer.answers import Ids
+from npformer.options import integer
 from torchformer.cache import Cache, around
 from torchformer.transformer import Transformer
 
@@ -99,7 +100,8 @@ def _continued(
     compiled: bool | None,
 ) -> Tensor:
     B, P = prompt.shape
-    answers.check_max_len(P + n_tokens - 1, model.config.max_len)
+    answers.check_max_len(P + integer("n_tokens", n_tokens, 1) - 1, model.config.max_len)
+    integer("look_every", look_every, 1)
     if B == 0:
         return prompt.new_empty((0, n_tokens))
     logits, cache = model.step(prompt, model.start(src))  # (B, P, V)

@@ -215,8 +215,10 @@ class Transformer(nn.Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
-        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
-        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
+        T, mask = tgt.shape[1], known
+        if T > 1:  # nothing comes after one
+            mask = known & causal_mask(T, offset=offset, device=tgt.device)
+        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset, p=0.0)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
@@ -297,6 +299,11 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"Transformer: {name} must be a tensor {letters} of integer ids, got {got}; "
                 "a batch of one sequence is ids[None]"
+            )
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"Transformer: {name}: ids must be an integer tensor, int64 or int32, "
+                f"got {ids.dtype}"
             )
         if not 1 <= ids.shape[1] <= self.config.max_len:
             raise ValueError(
