@@ -9,6 +9,7 @@ Imports NumPy, safetensors and the config; no model.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -105,6 +106,17 @@ def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any
             )
 
 
+def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError, naming it, for a tensor that nothing can be computed with."""
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            n = x.size - int(np.isfinite(x).sum())
+            raise CheckpointError(
+                f"{path}: {n:,} of the {x.size:,} numbers of {name} are NaN or infinite: training "
+                "that diverged leaves such weights, and so does a file that is damaged"
+            )
+
+
 def save_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
@@ -138,8 +150,21 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
         return tensors, dict(file.metadata() or {})
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """As json.dumps; NaN and infinity, for which JSON has no word, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
 def save_json(path: str | Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    write_atomically(path, (to_json(value, indent=2) + "\n").encode())
 
 
 def load_json(path: str | Path) -> Any:
