@@ -16,27 +16,31 @@ class Hypothesis(NamedTuple):
     score: float
 
 
-def check_decoding(
-    model: Any, max_len: int, sos_id: int, eos_id: Ids
-) -> tuple[list[int], list[int]]:
-    """The tokens that end an answer, and those that are never chosen: pad and start.
+class Asked(NamedTuple):
+    """The options of every way to decode, checked, as Python's own numbers."""
 
-    A token that ends may be chosen, even if it is the pad or the start as well.  Raises ValueError
-    where there is no source, no room for `max_len` tokens and a start, or no such token.
-    """
-    check_max_len(max_len, model.config.max_len)
+    max_len: int
+    sos_id: int
+    ends: list[int]  # the tokens that end an answer
+    never: list[int]  # those that are never chosen: pad and start, unless they end
+
+
+def check_decoding(model: Any, max_len: int, sos_id: int, eos_id: Ids) -> Asked:
+    """Raises ValueError for no source, no room for `max_len` tokens and a start, no such token."""
+    max_len = check_max_len(max_len, model.config.max_len)
     if model.encoder is None:
         raise ValueError("the model is decoder-only, there is no source to decode from")
     V = model.config.tgt_vocab_size
-    ends = end_ids(eos_id, V)
-    never = {model.config.tgt_pad_id, token_id("sos_id", sos_id, V)} - {*ends}
-    return ends, never_ids(sorted(never), ends, V)
+    sos_id, ends = token_id("sos_id", sos_id, V), end_ids(eos_id, V)
+    never = {model.config.tgt_pad_id, sos_id} - {*ends}
+    return Asked(max_len, sos_id, ends, never_ids(sorted(never), ends, V))
 
 
 def token_id(name: str, value: Any, vocab_size: int) -> int:
-    if not 0 <= integer(name, value) < vocab_size:
-        raise ValueError(f"{name} must be 0 to {vocab_size - 1}, a token's, got {value}")
-    return integer(name, value)
+    token = integer(name, value)
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{name} must be 0 to {vocab_size - 1}, a token's, got {token}")
+    return token
 
 
 def end_ids(eos_id: Ids, vocab_size: int) -> list[int]:
@@ -62,13 +66,15 @@ def never_ids(never: Iterable[int], ends: list[int], vocab_size: int) -> list[in
     return checked
 
 
-def check_max_len(max_len: int, positions: int) -> None:
+def check_max_len(max_len: int, positions: int) -> int:
     """Raises ValueError where the start token and `max_len` more do not fit the positions."""
-    if not 1 <= integer("max_len", max_len) < positions:
+    max_len = integer("max_len", max_len)
+    if not 1 <= max_len < positions:
         raise ValueError(
             f"max_len must be 1 to {positions - 1}, got {max_len}: the model has {positions} "
             "positions, and one is the start token's"
         )
+    return max_len
 
 
 def check_beams(
@@ -77,14 +83,12 @@ def check_beams(
     length_penalty: float,
     early_stopping: bool,
     max_len: int,
-) -> float:
-    """The length penalty as a Python float.
-
-    Raises ValueError unless 1 <= num_return_sequences <= num_beams, and where n ** length_penalty
-    is not a positive number for every length n.
-    """
-    integer("num_beams", num_beams, 1)
-    if not 1 <= integer("num_return_sequences", num_return_sequences) <= num_beams:
+) -> tuple[int, int, float]:
+    """Raises ValueError unless 1 <= num_return_sequences <= num_beams, and where some length to
+    the power of the penalty is no positive number."""
+    num_beams = integer("num_beams", num_beams, 1)
+    num_return_sequences = integer("num_return_sequences", num_return_sequences)
+    if not 1 <= num_return_sequences <= num_beams:
         raise ValueError(
             f"num_return_sequences must be 1 to num_beams = {num_beams}, got {num_return_sequences}"
         )
@@ -92,16 +96,18 @@ def check_beams(
     length_penalty = number("length_penalty", length_penalty)
     if abs(length_penalty) * math.log(max_len) > 600:  # e^600 = 10^260
         raise ValueError(f"length_penalty is a power of the length, got {length_penalty}")
-    return length_penalty
+    return num_beams, num_return_sequences, length_penalty
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+def check_sampling(temperature: float, top_k: int, top_p: float) -> tuple[float, int, float]:
     """Raises ValueError for a temperature, top_k or top_p that means nothing."""
-    if not 1e-30 < real("temperature", temperature) < math.inf:  # below, a logit / it overflows
+    temperature, top_k = real("temperature", temperature), integer("top_k", top_k, 0)
+    top_p = real("top_p", top_p)
+    if not 1e-30 < temperature < math.inf:  # a logit divided by less may overflow
         raise ValueError(f"temperature must be positive, got {temperature}; for 0 there is greedy")
-    integer("top_k", top_k, 0)
-    if not 0 < real("top_p", top_p) <= 1:
+    if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    return temperature, top_k, top_p
 
 
 def check_rng(rng: Any, kind: type, example: str) -> None:

@@ -45,7 +45,7 @@ def greedy(
     does not have, and for logits that are NaN.  A source is padded on the right: pads before a
     token count as positions, so that its answer is not the one it gets without them.
     """
-    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
     running = list(range(len(src)))  # the samples that have not stopped
@@ -85,8 +85,8 @@ def beam_search(
     `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
-    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
-    length_penalty = check_beams(
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
+    num_beams, num_return_sequences, length_penalty = check_beams(
         num_beams, num_return_sequences, length_penalty, early_stopping, max_len
     )
     cache, B, K = model.start(src), len(src), num_beams
@@ -154,8 +154,8 @@ def sample(
     top_k          only the k most likely tokens; 0: all
     top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
     """
-    allowed, goes_on = choices(model, max_len, sos_id, eos_id)  # (V,)
-    check_sampling(temperature, top_k, top_p)
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     check_rng(rng, np.random.Generator, "np.random.default_rng(0)")
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
@@ -189,15 +189,17 @@ def probabilities(logits: Array, temperature: float, top_k: int, top_p: float) -
     return kept
 
 
-def choices(model: Transformer, max_len: int, sos_id: int, eos_id: Ids) -> tuple[Array, Array]:
-    """Which tokens may be chosen: all but pad and start.  And after which an answer goes on.   (V,)
+def choices(
+    model: Transformer, max_len: int, sos_id: int, eos_id: Ids
+) -> tuple[int, int, Array, Array]:
+    """max_len and sos_id, checked; which tokens may be chosen (V,), and which do not end (V,).
 
-    What `eos_id` names may be chosen even so, and ends an answer.
+    Pad and start may not be chosen, unless `eos_id` names them.
     """
-    ends, never = check_decoding(model, max_len, sos_id, eos_id)
+    max_len, sos_id, ends, never = check_decoding(model, max_len, sos_id, eos_id)
     allowed, goes_on = np.ones((2, model.config.tgt_vocab_size), bool)
     allowed[never], goes_on[ends] = False, False
-    return allowed, goes_on
+    return max_len, sos_id, allowed, goes_on
 
 
 def next_logits(

@@ -38,7 +38,7 @@ def greedy(
 
     eos_id   one id or several, each of which ends an answer; None: only max_len does
     """
-    allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)  # (V,)
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
     running = list(range(len(src)))  # the samples that have not stopped
@@ -79,8 +79,8 @@ def beam_search(
     `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
-    allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)  # (V,)
-    length_penalty = check_beams(
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
+    num_beams, num_return_sequences, length_penalty = check_beams(
         num_beams, num_return_sequences, length_penalty, early_stopping, max_len
     )
     cache, B, K, device = model.start(src), len(src), num_beams, src.device
@@ -150,8 +150,8 @@ def sample(
     top_k          only the k most likely tokens; 0: all
     top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
     """
-    allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)  # (V,)
-    check_sampling(temperature, top_k, top_p)
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     check_rng(rng, torch.Generator, "torch.Generator().manual_seed(0)")
     cache = model.start(src)
     answers: list[list[int]] = [[] for _ in src]
@@ -182,16 +182,16 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 def choices(
     model: Transformer, src: Tensor, max_len: int, sos_id: int, eos_id: Ids
-) -> tuple[Tensor, Tensor]:
-    """Which tokens may be chosen: all but pad and start.  And after which an answer goes on.   (V,)
+) -> tuple[int, int, Tensor, Tensor]:
+    """max_len and sos_id, checked; which tokens may be chosen (V,), and which do not end (V,).
 
-    What `eos_id` names may be chosen even so, and ends an answer.
+    Pad and start may not be chosen, unless `eos_id` names them.
     """
-    ends, never = check_decoding(model, max_len, sos_id, eos_id)
+    max_len, sos_id, ends, never = check_decoding(model, max_len, sos_id, eos_id)
     device = src.device if isinstance(src, Tensor) else None  # `start` says what src must be
     allowed, goes_on = torch.ones((2, model.config.tgt_vocab_size), dtype=torch.bool, device=device)
     allowed[never], goes_on[ends] = False, False
-    return allowed, goes_on
+    return max_len, sos_id, allowed, goes_on
 
 
 def next_logits(

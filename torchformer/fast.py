@@ -47,7 +47,7 @@ def greedy(
     look_every   tokens between two looks whether everybody has ended: each look is a wait
     compiled     torch.compile the step, and record it as a CUDA graph; by default on CUDA
     """
-    ends, never = answers.check_decoding(model, max_len, sos_id, eos_id)
+    max_len, sos_id, ends, never = answers.check_decoding(model, max_len, sos_id, eos_id)
     prompt = torch.full((len(src), 1), sos_id, device=src.device)
     chosen = _continued(model, prompt, max_len, src, never, ends, look_every, compiled)
     return [up_to(row, ends) for row in chosen.tolist()]
@@ -100,8 +100,8 @@ def _continued(
     compiled: bool | None,
 ) -> Tensor:
     B, P = prompt.shape
-    answers.check_max_len(P + integer("n_tokens", n_tokens, 1) - 1, model.config.max_len)
-    integer("look_every", look_every, 1)
+    n_tokens, look_every = integer("n_tokens", n_tokens, 1), integer("look_every", look_every, 1)
+    answers.check_max_len(P + n_tokens - 1, model.config.max_len)
     if B == 0:
         return prompt.new_empty((0, n_tokens))
     logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
