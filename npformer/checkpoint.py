@@ -189,6 +189,17 @@ def check_arrays(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndar
             raise ValueError(f"{name} is {state[name].dtype}, here it is {x.dtype}")
 
 
+def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError, naming it, for a tensor that nothing can be computed with."""
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            n = x.size - int(np.isfinite(x).sum())
+            raise CheckpointError(
+                f"{path}: {n:,} of the {x.size:,} numbers of {name} are NaN or infinite: training "
+                "that diverged leaves such weights, and so does a file that is damaged"
+            )
+
+
 # --- A file -----------------------------------------------------------------------------------
 
 
@@ -290,12 +301,25 @@ def verify(path: str | Path) -> None:
     load_tensors(path, math.inf)
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """As json.dumps; NaN and infinity, for which JSON has no word, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
 def save_json(path: str | Path, value: Any) -> None:
     write_atomically(path, _json(value))
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (to_json(value, indent=2) + "\n").encode()
 
 
 def load_json(path: str | Path) -> Any:

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ import numpy as np
 import npformer
 from npformer import checkpoint, presets, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.checkpoint import CheckpointError, blame
+from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
@@ -327,7 +326,7 @@ def run_demo(options: argparse.Namespace) -> int:
         say(result["verdict"])
     result["seconds"] = time.perf_counter() - started
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 1 if result["agree"] is False else 0
 
 
@@ -399,7 +398,7 @@ def run_train(options: argparse.Namespace) -> int:
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
-        print(json.dumps(summary | outcome.scores, indent=2))
+        print(to_json(summary | outcome.scores, indent=2))
     return 130 if outcome.ended == "interrupted" else 0
 
 
@@ -436,7 +435,7 @@ def run_check(options: argparse.Namespace) -> int:
     say(f"Next: npformer predict {options.folder} {_example(task)}")
     say(result["verdict"])
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 0 if result["agree"] else 1
 
 
@@ -456,7 +455,7 @@ def run_predict(options: argparse.Namespace) -> int:
         if not options.json:
             print(results.pop().get("output", ""), flush=True)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
     return 2 if failed else 0
 
 
@@ -496,7 +495,7 @@ def run_export(options: argparse.Namespace) -> int:
     say(f"{out}: {size:.2f} MB.  Next: npformer predict {out} {_example(task)}")
     say(agreement["verdict"])
     if options.json:
-        print(json.dumps(certificate, indent=2))
+        print(to_json(certificate, indent=2))
     return 0
 
 
@@ -521,9 +520,9 @@ def run_pronounce(options: argparse.Namespace) -> int:
                 refused = True
                 print(f"npformer pronounce: input {n}: {answer}", file=sys.stderr)
                 if options.json:
-                    print(json.dumps({"word": word, "error": str(answer)}, ensure_ascii=False))
+                    print(to_json({"word": word, "error": str(answer)}, ensure_ascii=False))
             elif options.json:
-                print(json.dumps(_as_json(answer), ensure_ascii=False))
+                print(to_json(_as_json(answer), ensure_ascii=False))
             else:
                 _print_pronunciation(answer, options.ipa)
         sys.stdout.flush()
@@ -770,6 +769,8 @@ def _load(folder: str) -> tuple[Transformer, Task]:
     with blame(Path(folder) / training.RUN):
         task = tasks.load(about["task"])
     model = Transformer.load(folder)
+    weights = {name: p.data for name, p in model.named_parameters()}
+    checkpoint.check_finite(Path(folder) / checkpoint.MODEL, weights)
     sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
     if (model.config.src_vocab_size, model.config.tgt_vocab_size) != sizes:
         raise CheckpointError(f"{folder}: the model's vocabularies are not those of {task.name}")

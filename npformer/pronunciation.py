@@ -92,14 +92,17 @@ class Pronouncer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Pronouncer":
-        """Raises CheckpointError for a folder without a model of pronunciation."""
-        from npformer.checkpoint import CheckpointError
+        """Raises CheckpointError for a folder without a model of pronunciation, or with NaN."""
+        from npformer.checkpoint import MODEL, CheckpointError, check_finite
         from npformer.training import RUN, load_run
 
         task = load_run(folder)["task"]
         if task not in g2p.NAMES:
             raise CheckpointError(f"{Path(folder) / RUN}: a model of {task}, not of pronunciation")
-        return cls(Transformer.load(folder), g2p.make(task))
+        model = Transformer.load(folder)
+        weights = {name: p.data for name, p in model.named_parameters()}
+        check_finite(Path(folder) / MODEL, weights)
+        return cls(model, g2p.make(task))
 
     def answer(
         self, words: Sequence[str], *, nbest: int, beam: int, model: bool, stress: bool
