@@ -226,7 +226,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in sorted(tensors):
         x = np.asarray(tensors[name], order="C")
         found = zlib.crc32(f"{name} {x.dtype} {x.shape}\n".encode(), found)
-        found = zlib.crc32(x, found)
+        found = zlib.crc32(x.data, found)
     return f"crc32:{found:08x}"
 
 

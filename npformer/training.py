@@ -17,7 +17,6 @@ What is in the folder
 import json
 import math
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -30,17 +29,19 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, schedules
+from npformer import checkpoint, runs, schedules
 from npformer.checkpoint import CheckpointError
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
 from npformer.ops import Array, Rng, cross_entropy
 from npformer.optim import Adam, clip_grad_norm
 from npformer.parallel import BatchThreads
+from npformer.runs import HISTORY, RECENT, RESUME, RUN, load_run
 from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
-RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
+__all__ = ["HISTORY", "RECENT", "RESUME", "RUN", "load_run"]
+MOST = {"batch_size": 2**16, "dev_examples": 10**6, "average": 1000}  # beyond sense, before harm
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,12 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value > (most := MOST.get(name, 10**9)):
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if not isinstance(self.average, int) or isinstance(self.average, bool) or self.average < 0:
             raise ValueError(f"average must be an integer of at least 0, got {self.average!r}")
+        if self.average > MOST["average"]:
+            raise ValueError(f"average must be at most {MOST['average']}, got {self.average}")
         for name in ("rate", "clip", "eps"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -221,7 +226,7 @@ def run(
     about |= {"recipe": asdict(recipe), "versions": versions()}
     checkpoint.save_json(folder / RUN, about)  # a folder that cannot be written fails here already
     if not resume:
-        shutil.rmtree(folder / RECENT, ignore_errors=True)
+        runs.forget(folder / RECENT)
     dev = _spread(task.dev(), recipe.dev_examples)
     evaluations = progress.history["evaluations"]
     session = _Clock(progress.seconds)
@@ -314,7 +319,7 @@ def _keep(trainer, folder: Path, step: int, n: int) -> None:
     if n < 2:
         return
     checkpoint.save_tensors(folder / f"{step:08d}.safetensors", trainer.weights(), {})
-    for old in sorted(folder.glob("*.safetensors"))[:-n]:
+    for old in runs.listed(folder)[:-n]:
         old.unlink()
 
 
@@ -323,7 +328,7 @@ def _average(folder: Path) -> dict[str, Array]:
 
     [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
     """
-    kept = [checkpoint.load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    kept = [checkpoint.load_tensors(path)[0] for path in runs.listed(folder)]
     return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
@@ -419,17 +424,6 @@ def _resume(trainer, folder: Path, seed: int, recipe: Recipe) -> Progress:
         trainer.load_weights(part("model."))
         trainer.load_state(part("state."), json.loads(metadata["values"]))
         return Progress(**progress)
-
-
-def load_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of a trained folder: its task, recipe and seed.  Raises CheckpointError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    about = checkpoint.load_json(folder / RUN)
-    if not isinstance(about, dict) or not {"task", "backend", "seed", "recipe"} <= set(about):
-        raise CheckpointError(f"{folder / RUN}: does not say what was trained")
-    return about
 
 
 def versions() -> dict[str, str]:
