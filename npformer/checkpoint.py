@@ -51,8 +51,16 @@ def blame(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: lacks {error}") from None
     except MemoryError as error:
         raise CheckpointError(f"{path}: {str(error) or 'more than there is memory for'}") from None
-    except (ValueError, TypeError, ArithmeticError, RecursionError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def shortened(value: Any) -> str:
+    """In a message: as Python writes it, and not all of it if it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 # --- A model ----------------------------------------------------------------------------------
@@ -185,14 +193,17 @@ def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> None:
-    """Write a safetensors file atomically; `metadata` is a flat dict of strings."""
+    """Write a safetensors file atomically; `metadata` is a flat dict of strings.
+
+    None: not even a checksum, for readers that know of no metadata.
+    """
     write_atomically(path, *_to_bytes(path, tensors, metadata))
 
 
 def _to_bytes(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> tuple[Any, ...]:
     """In parts; the same content is always the same bytes."""
     from safetensors.numpy import save as to_bytes
@@ -204,6 +215,8 @@ def _to_bytes(
         for name, x in arrays.items():
             if x.dtype.kind not in "fiubc":
                 raise ValueError(f"{name} is {x.dtype}, which safetensors does not have")
+        if metadata is None:
+            return (to_bytes(arrays),)
         marked = {**metadata, "checksum": checksum(arrays, metadata)}
         data = memoryview(to_bytes(arrays, metadata=marked))
     start = 8 + int.from_bytes(data[:8], "little")
