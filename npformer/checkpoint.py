@@ -15,7 +15,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +91,22 @@ def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     agree.  Sizes are compared before there is memory for them.
     """
     folder = Path(folder)
+    return steady(folder / MODEL, lambda: _load(folder))
+
+
+def steady(path: Path, load: Callable[[], Any]) -> Any:
+    """What `load` makes of this file and of others that belong to it.
+
+    If somebody saves meanwhile, it may see one of the old and one of the new: then once more.
+    """
     for _ in range(99):
-        before = _stamp(folder / MODEL)
+        before = _stamp(path)
         try:
-            return _load(folder)
+            return load()
         except CheckpointError:
-            if _stamp(folder / MODEL) == before:  # else somebody has saved meanwhile: once more
+            if _stamp(path) == before:
                 raise
-    return _load(folder)
+    return load()
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -329,13 +337,18 @@ def write_atomically(path: str | Path, *data: Any) -> None:
         put()
 
 
-def write_together(files: Mapping[Path, tuple[Any, ...]]) -> None:
-    """Files of one folder that belong together: all on disk before the first is replaced."""
-    with ExitStack() as stack:
-        puts = [stack.enter_context(staged(path, *data)) for path, data in files.items()]
-        stack.enter_context(storage.in_turn(next(iter(files)).parent))
-        for put in puts:
-            put()
+def save_together(
+    path: Path, value: Any, arrays_path: Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """A JSON file and the arrays that it describes: both on disk before the first is replaced."""
+    data = _to_bytes(arrays_path, arrays, {})
+    with (
+        staged(arrays_path, *data) as put_arrays,
+        staged(path, _json(value)) as put_json,
+        storage.in_turn(path.parent),
+    ):
+        put_arrays()
+        put_json()
 
 
 @contextmanager

@@ -558,6 +558,7 @@ def run_trace(options: argparse.Namespace) -> int:
         print(f"{'':<{widths[0]}}    {entry.formula}")
     print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
     if options.out:
+        runs.clear(options.out, "trace")
         seen.save(options.out)
         print(f"Saved: {options.out}    compare with another: npformer diff {options.out} OTHER")
     return 0
