@@ -1,7 +1,7 @@
 """The command lines: whatever is wrong with one is said in one line, and numbers have limits.
 
     parser = Parser("npformer ...")
-    parser.add_argument("--steps", type=whole(1, 10**9))
+    parser.add_argument("--steps", type=whole_number(1, 10**9))
 
 A limit lies far beyond sense and far below harm.  Standard library only.
 """
@@ -27,10 +27,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A type for argparse: integers from low to high, both included."""
 
-    def whole_number(text: str) -> int:
+    def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:  # no number, or one of more than 4300 digits
@@ -40,13 +40,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be {expected}, got {shortened(text)}")
         return value
 
-    return whole_number
+    return parse
 
 
-def positive(high: float) -> Callable[[str], float]:
+def positive_number(high: float) -> Callable[[str], float]:
     """A type for argparse: numbers above 0 and up to high."""
 
-    def positive_number(text: str) -> float:
+    def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
@@ -56,7 +56,7 @@ def positive(high: float) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"must be {expected}, got {shortened(text)}")
         return value
 
-    return positive_number
+    return parse
 
 
 def shortened(text: str) -> str:

@@ -119,7 +119,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     check_folder(folder)
     weights, written = folder / MODEL, folder / CONFIG
-    with _opened(weights) as file:
+    with opened(weights) as file:
         metadata = dict(file.metadata() or {})
         config = None
         if "config" in metadata:  # this copy cannot be out of step with the weights
@@ -252,7 +252,7 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
     """A safetensors file, of which the header has been read; what goes wrong inside is its."""
     from safetensors import safe_open
 
@@ -269,7 +269,7 @@ def load_tensors(
 
     Its checksum, if it has one, is verified up to so many bytes.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         tensors, metadata = _tensors(file), dict(file.metadata() or {})
         _check_sum(tensors, metadata, largest)
         metadata.pop("checksum", None)
@@ -298,9 +298,11 @@ def _check_sum(
         raise ValueError(f"damaged: its checksum is {found}, and was {saved[:40]}")
 
 
-def verify(path: str | Path) -> None:
-    """Raises CheckpointError for a safetensors file, however large, that has been damaged."""
-    load_tensors(path, math.inf)
+def verify(path: str | Path, largest: float = math.inf) -> None:
+    """Raises CheckpointError for a safetensors file of up to so many bytes that was damaged."""
+    with blame(path):
+        if os.path.getsize(path) <= largest:
+            load_tensors(path, math.inf)
 
 
 def save_json(path: str | Path, value: Any) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, positive, whole
+from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
@@ -68,8 +68,10 @@ def parser() -> argparse.ArgumentParser:
         description="Train the Transformer on sorting digits in NumPy, convert it to PyTorch, "
         "and compare logits, loss, every gradient and decoded answers of the two.",
     )
-    demo.add_argument("--steps", type=whole(1, STEPS), help="training steps (default 1500)")
-    demo.add_argument("--seed", type=whole(0, SEEDS), default=0, help="of weights and data (0)")
+    demo.add_argument("--steps", type=whole_number(1, STEPS), help="training steps (default 1500)")
+    demo.add_argument(
+        "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
+    )
     demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
     demo.set_defaults(run=run_demo)
 
@@ -87,23 +89,23 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for --backend torch"
     )
-    train.add_argument("--steps", type=whole(1, STEPS), help="stop after so many steps")
+    train.add_argument("--steps", type=whole_number(1, STEPS), help="stop after so many steps")
     train.add_argument(
-        "--minutes", type=positive(arguments.MINUTES), help="stop after so much time"
+        "--minutes", type=positive_number(arguments.MINUTES), help="stop after so much time"
     )
     train.add_argument(
         "--patience",
-        type=whole(1, STEPS),
+        type=whole_number(1, STEPS),
         help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
     train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
     train.add_argument(
-        "--seed", type=whole(0, SEEDS), help="of weights, data and dropout (default 0)"
+        "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
     )
     train.add_argument(
         "--threads",
-        type=whole(1, THREADS),
+        type=whole_number(1, THREADS),
         help="processor cores to use.  numpy: threads that share each batch, with BLAS at one "
         "(default: no such threads, BLAS as it likes); torch: its own (default all)",
     )
@@ -166,10 +168,16 @@ def parser() -> argparse.ArgumentParser:
     )
     add = pronounce.add_argument
     add("words", nargs="*", metavar="WORD")
-    add("--nbest", type=whole(1, BEAMS), default=1, metavar="N", help="so many ways to say it (1)")
+    add(
+        "--nbest",
+        type=whole_number(1, BEAMS),
+        default=1,
+        metavar="N",
+        help="so many ways to say it (1)",
+    )
     add(
         "--beam",
-        type=whole(1, BEAMS),
+        type=whole_number(1, BEAMS),
         default=5,
         metavar="K",
         help="width of the search (5); 1: greedy",
@@ -201,7 +209,9 @@ def parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("a", metavar="A", help="a folder by `npformer trace --out`, or any program's")
     diff.add_argument("b", metavar="B", help="the one that is right")
-    diff.add_argument("--bound", type=positive(1e300), help="of the error (1e-10; float32: 1e-3)")
+    diff.add_argument(
+        "--bound", type=positive_number(1e300), help="of the error (1e-10; float32: 1e-3)"
+    )
     diff.set_defaults(run=run_diff)
 
     attention = commands.add_parser(
@@ -231,10 +241,16 @@ def parser() -> argparse.ArgumentParser:
         description="Explain the mask of a sequence of token ids, with the broadcasting on the "
         "way.  A mask in a file (.npy) may be boolean of either polarity, 0/1 or additive.",
     )
-    mask.add_argument("ids", nargs="*", type=whole(0, IDS), metavar="ID", help="such as 3 4 5 0 0")
-    mask.add_argument("--pad", type=whole(0, IDS), default=0, metavar="ID", help="of a pad (0)")
+    mask.add_argument(
+        "ids", nargs="*", type=whole_number(0, IDS), metavar="ID", help="such as 3 4 5 0 0"
+    )
+    mask.add_argument(
+        "--pad", type=whole_number(0, IDS), default=0, metavar="ID", help="of a pad (0)"
+    )
     mask.add_argument("--causal", action="store_true", help="no key after the query")
-    mask.add_argument("--window", type=whole(1, IDS), metavar="N", help="at most N keys back")
+    mask.add_argument(
+        "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
+    )
     mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
@@ -259,7 +275,9 @@ def parser() -> argparse.ArgumentParser:
         help="the questions that learners ask, answered by code that runs",
         description="Print a lesson or, without a number, what they are about.",
     )
-    lesson.add_argument("number", nargs="?", type=whole(1, 99), metavar="N", help="of the lesson")
+    lesson.add_argument(
+        "number", nargs="?", type=whole_number(1, 99), metavar="N", help="of the lesson"
+    )
     lesson.add_argument(
         "--run",
         dest="live",

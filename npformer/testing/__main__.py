@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from npformer.arguments import Parser, one_line, positive, whole
+from npformer.arguments import Parser, one_line, positive_number, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--check", metavar="DIR", help="score the answers that a program wrote there")
     mode.add_argument(
         "--bounds",
-        type=whole(1, 10**6),
+        type=whole_number(1, 10**6),
         metavar="N",
         help="how much of each op's bound N examples use, npformer against PyTorch",
     )
@@ -107,8 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         help="only this level; may be given several times (default: all)",
     )
     add("--only", action="append", default=[], metavar="OP", help="only this operation; repeatable")
-    add("--examples", type=whole(1, 10**4), default=20, metavar="N", help="of each operation (20)")
-    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="of all cases (0)")
+    add(
+        "--examples",
+        type=whole_number(1, 10**4),
+        default=20,
+        metavar="N",
+        help="of each operation (20)",
+    )
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of all cases (0)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="(float64)")
     add(
         "--fix",
@@ -119,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--time-limit",
-        type=positive(86400),
+        type=positive_number(86400),
         default=60.0,
         metavar="S",
         help="seconds for a case, which is asked twice (60)",
