@@ -471,6 +471,8 @@ def run_export(options: argparse.Namespace) -> int:
     _need_torch("the certificate compares NumPy with PyTorch")
     out = Path(options.out)
     runs.claim(out, "export", options.overwrite)
+    if out.exists() and set(os.listdir(out)) - set(runs.FILES):  # it is to be given away whole
+        raise ValueError(f"{out} is there already, and has other files in it: name a new folder")
     model, task = _load(options.folder, verify=True)
     for parameter in model.parameters():
         parameter.data[...] = parameter.data.astype(options.dtype)
