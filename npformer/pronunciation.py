@@ -23,6 +23,7 @@ from npformer.transformer import Transformer
 
 SHIPPED = Path(__file__).parent / "weights" / "g2p"
 N_TOGETHER = 256  # words that are decoded as one batch
+N_ROWS = 640  # hypotheses of all of them: their keys and values take 400 MB at the most
 LONGEST_LINE = 4096  # bytes; what follows is not even looked at
 
 
@@ -139,6 +140,10 @@ class Pronouncer:
 
     def _decode(self, sources: list[list[int]], nbest: int, beam: int) -> list[list]:
         """Of each word the phones and their score, best first."""
+        n_words = max(1, N_ROWS // max(beam, nbest))
+        if len(sources) > n_words:
+            parts = [sources[i : i + n_words] for i in range(0, len(sources), n_words)]
+            return [answer for part in parts for answer in self._decode(part, nbest, beam)]
         decode, src = self.task.tgt_vocabulary.decode, pad(sources)
         options: dict[str, Any] = {"max_len": self.task.max_tgt_len, "sos_id": SOS, "eos_id": EOS}
         if beam == nbest == 1:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from npformer.checkpoint import to_json
+from npformer import checkpoint
 from npformer.testing.cases import LEVELS
 from npformer.testing.judge import Verdict
 from npformer.testing.variants import explain
@@ -72,7 +72,7 @@ class Report:
             },
             "cases": [verdict.as_json() for verdict in self.verdicts],
         }
-        Path(path).write_text(to_json(content, indent=1) + "\n")
+        checkpoint.save_json(path, content)
 
 
 def _is_there(group: list[Verdict]) -> bool:
