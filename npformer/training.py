@@ -20,6 +20,7 @@ import platform
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -363,7 +364,15 @@ class _Clock:
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C is noted and acted on between steps, the second one is as usual."""
+    """The first Ctrl-C is noted and acted on between steps, the second one is as usual.
+
+    Where somebody handles Ctrl-C already (or ignores it, as for `npformer train ... &` in a
+    script), that is left as it is; so it is outside the main thread, which alone may handle it.
+    """
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
     seen = []
 
     def note(signum, frame):
@@ -371,15 +380,12 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(signum)
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: somebody else handles signals
-        yield lambda: False
-        return
+    signal.signal(signal.SIGINT, note)
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if signal.getsignal(signal.SIGINT) is note:  # else somebody took over meanwhile
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _save_resume(trainer, folder: Path, progress: Progress, seed: int, recipe: Recipe) -> None:
