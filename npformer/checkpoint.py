@@ -77,7 +77,7 @@ def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
             config = TransformerConfig.from_json(metadata["config"])
     if config is None or written.exists():
         with blame(written):
-            found = TransformerConfig.from_json(written.read_text(encoding="utf-8"))
+            found = TransformerConfig.from_json(written.read_text(encoding="utf-8-sig"))
             if config not in (None, found):
                 raise CheckpointError(
                     f"{written}: not the configuration that {MODEL} here was saved with"
@@ -145,7 +145,7 @@ def save_json(path: str | Path, value: Any) -> None:
 def load_json(path: str | Path) -> Any:
     with blame(path):
         try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
+            return json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 

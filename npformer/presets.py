@@ -105,7 +105,7 @@ def read(file: str | Path) -> Settings:
         "recipe": {f.name for f in fields(Recipe)},
     }
     try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     except ValueError as error:

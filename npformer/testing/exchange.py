@@ -38,7 +38,8 @@ def dump(folder: Path, cases: list[Case]) -> None:
         }
         save_file(tensors, folder / "cases" / f"{case.name}.safetensors")
     manifest = {"format_version": FORMAT_VERSION, "cases": [_entry(case) for case in cases]}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    content = json.dumps(manifest, indent=1) + "\n"
+    (folder / "manifest.json").write_text(content, encoding="utf-8")
 
 
 def _full(case: Case, name: str) -> Array:
@@ -66,7 +67,7 @@ def load(folder: Path) -> list[Case]:
     """The cases of a dump.  Raises ValueError, with the path and what is wrong there."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8-sig"))
         version = manifest["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(
@@ -75,7 +76,7 @@ def load(folder: Path) -> list[Case]:
         return [_case(folder, entry) for entry in manifest["cases"]]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; --dump writes it") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a manifest of cases ({error})") from None
 
 

@@ -72,7 +72,7 @@ class Report:
             },
             "cases": [verdict.as_json() for verdict in self.verdicts],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _is_there(group: list[Verdict]) -> bool:
