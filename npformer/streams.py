@@ -46,7 +46,7 @@ def program(
         code, line = 130, "interrupted"
     except (OSError, *refusals) as error:
         code, line = 2, said(error)
-    _forget_output()
+    forget_output()
     if line:
         with suppress(OSError):  # nobody is there to be told
             print(f"{name}: {line}", file=sys.stderr)
@@ -81,7 +81,7 @@ def flush() -> None:
         raise OSError(error.errno, error.strerror, "standard output") from None
 
 
-def _forget_output() -> None:
+def forget_output() -> None:
     """What cannot be written now could not be at the end: Python would try, and complain."""
     try:
         sys.stdout.flush()

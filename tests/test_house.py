@@ -36,7 +36,8 @@ MAY_IMPORT = {
     "encoder": WIRING,
     "decoder": WIRING,
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
-    "checkpoint": {"config"},
+    "storage": LEAVES,
+    "checkpoint": {"config", "storage"},
     "optim": {"ops", "module", "schedules"},
     "decoding": {"ops", "transformer", "cache", "answers"},
     "parallel": {"ops", "transformer"},
@@ -129,7 +130,8 @@ def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
-    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers"} | {"streams"}
+    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers", "storage"}
+    shared |= {"streams"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 
@@ -200,9 +202,9 @@ def test_no_text_is_read_or_written_in_an_encoding_of_the_locale():
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             where, _, name = ast.unparse(call.func).rpartition(".")
             mode = options.get("mode", ast.unparse(call.args[1]) if len(call.args) > 1 else "")
-            opens = name == "open" and where in ("", "io") and "b" not in mode
+            is_open = name == "fdopen" or (name == "open" and where in ("", "io"))
             asks = where == "subprocess" and {"text", "universal_newlines"} & {*options}
-            if opens or asks or name in ("read_text", "write_text", "fdopen"):
+            if asks or (is_open and "b" not in mode) or name in ("read_text", "write_text"):
                 assert "encoding" in options, f"{path}:{call.lineno}: {ast.unparse(call)}"
 
 
