@@ -46,7 +46,10 @@ def program(
         code, line = 130, "interrupted"
     except (OSError, *refusals) as error:
         code, line = 2, said(error)
-    forget_output()
+    try:
+        sys.stdout.flush()
+    except OSError:  # else Python would try again at the end, and complain
+        forget_output()
     if line:
         with suppress(OSError):  # nobody is there to be told
             print(f"{name}: {line}", file=sys.stderr)
@@ -82,11 +85,8 @@ def flush() -> None:
 
 
 def forget_output() -> None:
-    """What cannot be written now could not be at the end: Python would try, and complain."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """From here on what is printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- Reading ----------------------------------------------------------------------------------

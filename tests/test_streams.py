@@ -116,6 +116,20 @@ def test_a_stream_that_fails_is_one_line_and_exit_code_2(command, out, err):
     assert run(f"npformer {command}", 2) == (out, err)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_training_goes_on_where_its_output_cannot_be_written(tmp_path):
+    small = (
+        "[model]\nd_model = 8\nn_heads = 2\nd_ff = 8\nn_encoder_layers = 1\nn_decoder_layers = 1\n"
+    )
+    (tmp_path / "c.toml").write_text(f"{small}[recipe]\ndev_examples = 2\n", "utf-8")
+    for i, closed in enumerate((">&-", ">/dev/full", "| false")):
+        end = "; exit ${PIPESTATUS[0]}"
+        train = f"train sort --steps 1 --config {tmp_path}/c.toml --out {tmp_path}/{i} {closed}"
+        out, err = run(f"npformer {train}{end}", 0)
+        assert (out, err) == ("", "npformer: the output is closed; the work goes on without it\n")
+        assert (tmp_path / str(i) / "model.safetensors").exists()
+
+
 def test_a_reader_that_has_gone_ends_a_program_silently_as_any_other():
     _, err = run("npformer lesson 2 | head -1; exit ${PIPESTATUS[0]}", 141)
     assert err == ""
