@@ -144,7 +144,7 @@ def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
 
 def _read_config(path: Path) -> TransformerConfig:
     with blame(path):
-        return TransformerConfig.from_json(storage.read(path).decode("utf-8"))
+        return TransformerConfig.from_json(storage.read(path).decode("utf-8-sig"))
 
 
 def check_folder(folder: str | Path) -> None:
@@ -349,7 +349,7 @@ def load_json(path: str | Path) -> Any:
     with blame(path):
         data = storage.read(path)
         try:
-            return parse_json(data.decode("utf-8"))
+            return parse_json(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 

@@ -559,7 +559,8 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
+            if signal.getsignal(signum) is note:  # else somebody has taken over
+                signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def versions() -> dict[str, str]:
