@@ -7,6 +7,7 @@ from typing import Any
 from npformer import options
 
 FORMAT_VERSION = 1  # of config.json
+LARGEST = 2**31 - 1  # of a size: whatever comes of two of them is an integer of NumPy and of torch
 CHOICES = {
     "activation": ("relu", "gelu", "gelu_tanh"),
     "positions": ("sinusoidal", "learned"),
@@ -72,6 +73,23 @@ class TransformerConfig:
     def d_head(self) -> int:  # D
         return self.d_model // self.n_heads
 
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers a model of this shape has; the same in both twins."""
+        C, F, with_memory = self.d_model, self.d_ff, self.n_encoder_layers > 0
+        attention, feed_forward = 4 * (C * C + C), F * C + F + C * F + C
+        norm = 2 * C
+        layer = attention + feed_forward + 2 * norm
+        n = self.n_encoder_layers * layer
+        n += self.n_decoder_layers * (layer + with_memory * (attention + norm))
+        n += self.tgt_vocab_size * C
+        n += 0 if self.tie_head else C * self.tgt_vocab_size + self.tgt_vocab_size
+        n += with_memory * (not self.share_embeddings) * self.src_vocab_size * C
+        n_stacks = 1 + with_memory
+        n += n_stacks * norm if self.final_norm else 0
+        n += n_stacks * self.max_len * C if self.positions == "learned" else 0
+        return n
+
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
 
@@ -105,4 +123,4 @@ def _checked(name: str, value: Any, default_type: type) -> Any:
         return options.positive(name, value)
     if default_type is float:
         return options.probability(name, value)
-    return options.integer(name, value, LEAST.get(name, 1))
+    return options.integer(name, value, LEAST.get(name, 1), LARGEST)

@@ -13,13 +13,15 @@ from numbers import Real
 from typing import Any
 
 
-def integer(name: str, value: Any, least: int | None = None) -> int:
-    """Raises ValueError for what is no integer, 5.0 among it, or is below `least`."""
+def integer(name: str, value: Any, least: int | None = None, most: int | None = None) -> int:
+    """Raises ValueError for what is no integer, 5.0 among it, or not in `least` to `most`."""
     value = _plain(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+        raise ValueError(f"{name} must be an integer, got {shown(value)}")
     if least is not None and value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
     return value
 
 
@@ -27,11 +29,11 @@ def real(name: str, value: Any) -> float:
     """Any number, NaN and infinity among them."""
     value = _plain(value)
     if not isinstance(value, float | int | Real) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+        raise ValueError(f"{name} must be a number, got {shown(value)}")
     try:
         return float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return math.inf if value > 0 else -math.inf
+    except OverflowError:  # more than 308 digits
+        return math.inf if value == abs(value) else -math.inf
 
 
 def number(name: str, value: Any) -> float:
@@ -77,24 +79,33 @@ def pair_of_betas(value: Any) -> tuple[float, float]:
     except (TypeError, ValueError):  # not two, or not numbers
         beta1 = beta2 = math.nan
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {value!r}")
+        raise ValueError(f"betas must be two numbers in [0, 1), got {shown(value)}")
     return beta1, beta2
 
 
 def flag(name: str, value: Any) -> bool:
     value = _plain(value)
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {shown(value)}")
     return value
 
 
 def choice(name: str, value: Any, among: Sequence[str]) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be a string, got {value!r}")
+        raise ValueError(f"{name} must be a string, got {shown(value)}")
     if value not in among:
         listed = f"{', '.join(among[:-1])} or {among[-1]}"
-        raise ValueError(f"{name} must be {listed}, got {value!r}")
+        raise ValueError(f"{name} must be {listed}, got {shown(value)}")
     return value
+
+
+def shown(value: Any) -> str:
+    """In a message: not all of it where it is long, as an integer of 400 digits is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "an endless integer"
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 def _plain(value: Any) -> Any:

@@ -321,7 +321,7 @@ RESUMES = {
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
         [],
-        "resume.safetensors: lacks 'backend'",
+        "resume.safetensors: lacks 'task'",
     ),
     "no config": (change_run(config=None), [], "run.json: lacks 'config'"),
     "a config that no model has": (change_run(config="{"), [], "run.json: not JSON"),
@@ -333,7 +333,7 @@ RESUMES = {
     "a tampered backend": (
         change_run(backend="torch"),
         [],
-        "resume.safetensors: the run was trained with --backend numpy",
+        "resume.safetensors: the run has the backend numpy, not torch",
     ),
     "another preset": (change_run(), ["--preset", "notes"], "--resume goes on as it began"),
     "another place": (change_run(), ["--out", "x"], "--resume goes on as it began"),
@@ -370,11 +370,27 @@ def test_a_full_disk_ends_training_and_keeps_the_best_checkpoint(tmp_path, monke
     assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
+LARGE = {
+    "[model]\nd_model = 1000000000000\n": "d_model must be at most 2147483647, got 1000000000000",
+    f"[model]\nd_ff = {10**400}\n": "d_ff must be at most",
+    "[model]\nd_model = 2000000000\n": "to train this model needs 1,536,",
+    "[model]\nd_ff = 2000000000\n": "GB of memory, there are",
+    "[model]\nn_decoder_layers = 200000000\n": "GB of memory, there are",
+    "[model]\nmax_len = 2000000000\n": "GB of memory, there are",
+    "[recipe]\nbatch_size = 1000000\n": "batch_size must be at most 65536, got 1000000",
+    f"[recipe]\nsteps = {10**400}\n": "steps must be at most 1000000000, got 1000",
+    f"[recipe]\nsteps = 1{'0' * 5000}\n": "large.toml: not TOML (Exceeds the limit",
+    f"[recipe]\nrate = {'[' * 10**5}\n": "large.toml: not TOML (",
+    "[recipe]\nrate = inf\n": "rate must be positive, got inf",
+}
+
+
 def test_a_model_that_no_memory_holds_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("large.toml").write_text("[model]\nd_model = 1000000000000\n")
-    assert "Unable to allocate" in refused(capsys, "train", "sort", "--config", "large.toml")
-    assert os.listdir() == ["large.toml"]
+    for text, said in LARGE.items():
+        Path("large.toml").write_text(text)
+        assert said in refused(capsys, "train", "sort", "--config", "large.toml"), text
+        assert os.listdir() == ["large.toml"]
 
 
 @pytest.mark.parametrize(
@@ -402,5 +418,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, cap
     for place in ("file", "file/below"):
         out = tmp_path / place
         err = refused(capsys, "train", "sort", "--out", out, "--backend", backend)
-        assert f"{out / 'run.json'}: " in err
+        assert f"{out}: " in err
     assert files(tmp_path) == {str(tmp_path / "file"): b"kept"}

@@ -286,7 +286,13 @@ def test_a_seed_may_be_of_any_size_in_both_twins(seed):
     assert math.isfinite(ours.step(batch, 0.1))
 
 
-@pytest.mark.parametrize("seed", ["-1", "-99999999999999999999"])
+def kit(arguments):
+    from npformer.testing.__main__ import main
+
+    return main(arguments)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64 + 5), "1.5", "9" * 5000])
 @pytest.mark.parametrize(
     "command",
     [
@@ -299,31 +305,27 @@ def test_a_seed_may_be_of_any_size_in_both_twins(seed):
     ],
     ids=["demo", "train", "train torch", "torchrun", "kit", "kit bounds"],
 )
-def test_a_negative_seed_is_refused_by_every_command(command, seed, capsys, tmp_path, monkeypatch):
+def test_every_command_refuses_the_same_seeds(command, seed, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command("--seed", seed) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert f"seed must be at least 0, got {seed}" in captured.err
+    with pytest.raises(SystemExit) as ended:
+        command("--seed", seed)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "argument --seed: must be a whole number from 0 to " in line
     assert not any(tmp_path.iterdir())
 
 
-def kit(arguments):
-    from npformer.testing.__main__ import main
-
-    return main(arguments)
-
-
 @pytest.mark.parametrize("backend", ["numpy", "torch"])
-def test_train_takes_a_long_seed_and_goes_on_with_it(backend, tmp_path, monkeypatch):
+def test_train_takes_the_longest_seed_and_goes_on_with_it(backend, tmp_path, monkeypatch):
     few = tasks.load("sort").dev()[:3]
     monkeypatch.setattr(tasks.digits.Digits, "_held_out", lambda *_, **__: few)
-    seed = str(2**64 + 5)
+    seed = 2**63 - 1
     settings = tmp_path / "small.toml"
     settings.write_text("[model]\nd_model = 8\nn_heads = 1\nd_ff = 8\n[recipe]\nbatch_size = 2\n")
-    command = ["train", "sort", "--backend", backend, "--seed", seed, "--config", str(settings)]
-    assert cli.main([*command, "--steps", "2", "--out", str(tmp_path / "run"), "--json"]) == 0
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == int(seed)
+    command = ["train", "sort", "--backend", backend, "--seed", str(seed), "--config"]
+    command += [str(settings), "--out", str(tmp_path / "run"), "--json"]
+    assert cli.main([*command, "--steps", "2"]) == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seed"] == seed
     assert cli.main(["train", "--resume", str(tmp_path / "run"), "--steps", "3", "--json"]) == 0
 
 
@@ -369,12 +371,13 @@ def test_a_state_that_cannot_be_loaded_has_changed_nothing(which, what):
         values = {"rng": [values["rng"][0] | {"state": {"state": 1}}]}
     else:
         arrays["rng.cpu"] = arrays["rng.cpu"][:7]
-    load, state = trainer.load_state, (arrays, values)
-    if what in ("weights", "complex"):
-        load, state = trainer.load_weights, (weights,)
-    with pytest.raises((ValueError, KeyError, RuntimeError, TypeError)):
-        load(*state)
+    with pytest.raises((ValueError, KeyError)):
+        trainer.load(weights, arrays, values)
     assert_untouched(trainer, before)
+    if what in ("weights", "complex"):
+        with pytest.raises(ValueError, match=r"^the weights do not fit this model: "):
+            trainer.load_weights(weights)
+        assert_untouched(trainer, before)
 
 
 def test_an_optimizer_state_is_loaded_whole_or_not_at_all():

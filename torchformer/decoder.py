@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
 
         g = around(look_back, x, self.norm1, self.norm_first)
         h = around(ask_memory, g, self.norm2, self.norm_first)
-        y = around(self.feed_forward, h, self.norm3, self.norm_first)
+        y = around(self.feed_forward.infer, h, self.norm3, self.norm_first)
         return y, cache
 
 

@@ -79,7 +79,7 @@ class EncoderLayer(nn.Module):
             return self.self_attn.ask(x, cache.own, mask)
 
         h = around(look_back, x, self.norm1, self.norm_first)
-        y = around(self.feed_forward, h, self.norm2, self.norm_first)
+        y = around(self.feed_forward.infer, h, self.norm2, self.norm_first)
         return y, cache
 
 

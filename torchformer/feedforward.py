@@ -30,3 +30,7 @@ class FeedForward(nn.Module):
         a = self.activation(h)
         kept = ops.dropout(a, self.dropout, self.training, rng)
         return self.linear2(kept)  # (..., C)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Without dropout, in training as well: for a step of a cache (see cache.py)."""
+        return self.linear2(self.activation(self.linear1(x)))  # (..., C)

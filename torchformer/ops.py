@@ -31,7 +31,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
     """
     scale = q.shape[-1] ** -0.5
     scores = q @ k.mT * scale  # (..., T, S)
-    return torch._safe_softmax(_masked(scores, mask), dim=-1)  # as SDPA: a row of -inf becomes 0
+    safe_softmax = torch.ops.aten._safe_softmax  # SDPA's own: a row of -inf becomes 0
+    return safe_softmax(_masked(scores, mask), -1)
 
 
 def _masked(scores: Tensor, mask: Mask) -> Tensor:
@@ -80,13 +81,20 @@ def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     return x * torch.as_tensor(keep, device=x.device) * scale
 
 
-def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
-    """A mask is boolean and broadcasts to the scores that it is for."""
+def check_boolean(op: str, mask: Tensor, name: str = "mask") -> None:
+    """A mask is boolean and nothing else; say how to convert what it may be."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: {name} must be a boolean tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
             f"{op}: {name} must be boolean, True = may attend, got {mask.dtype}: pass mask == 1 "
             "if 1 means 'may attend', mask == 0 if it means the opposite or if the mask is additive"
         )
+
+
+def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
+    """A mask is boolean and broadcasts to the scores that it is for."""
+    check_boolean(op, mask, name)
     aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
     if mask.ndim > len(shape) or any(m != 1 and m != n for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"
