@@ -20,6 +20,7 @@ class Row(NamedTuple):
     torchformer: Callable[[], object] | None  # None: there is no such thing there
     message: str  # a regular expression
     error: type[Exception] = ValueError
+    option: str = ""  # of whose rows it is one: they are one test
 
 
 def rows(
@@ -35,9 +36,10 @@ def rows(
     def given(call, value):
         return call and (lambda: call(value))
 
+    calls = [(given(npformer, value), given(torchformer, value)) for value in values]
     return [
-        Row(f"{what} {value!r}", given(npformer, value), given(torchformer, value), message, error)
-        for value in values
+        Row(f"{what} {value!r}", *both, message, error, what)
+        for value, both in zip(values, calls, strict=True)
     ]
 
 

@@ -3,24 +3,33 @@
 Its rows are in refusals_*.py.
 """
 
+import re
+
 import pytest
 import refusals_decoding
 import refusals_options
+from refusals import Row
 
 ROWS = [*refusals_options.ROWS, *refusals_decoding.ROWS]
-TWINS = [
-    pytest.param(row, call, id=f"{row.what} {package}")
-    for row in ROWS
-    for package, call in (("npformer", row.npformer), ("torchformer", row.torchformer))
-    if call is not None
-]
+BY_OPTION: dict[str, list[Row]] = {}
+for row in ROWS:
+    BY_OPTION.setdefault(row.option or row.what, []).append(row)
 
 
-@pytest.mark.parametrize(("row", "call"), TWINS)
-def test_refuses(row, call):
-    with pytest.raises(row.error, match=row.message) as caught:
-        call()
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize("package", ["npformer", "torchformer"])
+@pytest.mark.parametrize("option", BY_OPTION)
+def test_refuses(option, package):
+    for row in BY_OPTION[option]:
+        call = getattr(row, package)
+        if call is None:  # there is no such thing in torchformer
+            continue
+        try:
+            call()
+        except row.error as error:
+            assert re.search(row.message, str(error)), (row.what, error)
+            assert "\n" not in str(error), row.what
+        else:
+            pytest.fail(f"{row.what}: not refused")
 
 
 def test_no_row_is_there_twice():
