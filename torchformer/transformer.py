@@ -205,6 +205,8 @@ class Transformer(nn.Module):
         tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
 
         However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        A pad counts as a position, so prompts of different lengths are not continued together as
+        each is alone.  Dropout is off, in training as well.
         """
         self._check_ids("tgt", "(B, T)", tgt)
         if cache.n_samples not in (None, len(tgt)):
@@ -215,10 +217,8 @@ class Transformer(nn.Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
-        T, mask = tgt.shape[1], known
-        if T > 1:  # nothing comes after one
-            mask = known & causal_mask(T, offset=offset, device=tgt.device)
-        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
+        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset, p=0.0)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)

@@ -464,7 +464,8 @@ def _margin(arrays: Arrays, options: dict[str, Any], tokens: Array) -> float:
         length = int((answer != config.tgt_pad_id).sum())
         read = np.array([[options["sos_id"], *answer[: min(length, len(answer) - 1)]]])
         logits = model.infer(src[None], read)[0]  # (T, V)
-        logits[:, [config.tgt_pad_id, options["sos_id"]]] = -np.inf
+        never = {config.tgt_pad_id, options["sos_id"]} - {options["eos_id"]}
+        logits[:, sorted(never)] = -np.inf
         best = np.sort(logits, axis=-1)[:, -2:]
         closest = min(closest, float((best[:, 1] - best[:, 0]).min() / np.abs(best).max()))
     return closest
