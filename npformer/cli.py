@@ -17,6 +17,7 @@ from npformer import checkpoint, presets, tasks, training
 from npformer.allocator import keep_freed_memory
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
+from npformer.options import integer
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
 from npformer.tasks.task import Batch, make_batch
@@ -260,6 +261,7 @@ def run_demo(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     task = tasks.load("sort")
     config, recipe = presets.build(task, presets.settings(task, "demo"))
+    integer("--seed", options.seed, 0)
     recipe = replace(recipe, steps=options.steps or recipe.steps)
     keep_freed_memory()
     say("1. Training a Transformer to sort digits, in NumPy alone (312 -> 123) ...")
@@ -344,8 +346,7 @@ def run_train(options: argparse.Namespace) -> int:
         about = {"preset": options.preset or "default", "config": config.to_json()}
         about |= {"threads": threads, "precision": options.precision or "float32"}
         about |= {"compile": options.compile}
-    if seed < 0:
-        raise ValueError(f"--seed must not be negative, got {seed}")
+    integer("--seed", seed, 0)
     if options.steps:
         recipe = replace(recipe, steps=options.steps)
     elif options.minutes:

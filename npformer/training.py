@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, schedules
+from npformer import checkpoint, options, schedules
 from npformer.checkpoint import CheckpointError
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
@@ -61,23 +61,8 @@ class Recipe:
     average: int = 0  # so many of the last weights evaluated are averaged in the end; 0: none
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "warmup", "evaluate_every", "dev_examples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        if not isinstance(self.average, int) or isinstance(self.average, bool) or self.average < 0:
-            raise ValueError(f"average must be an integer of at least 0, got {self.average!r}")
-        for name in ("rate", "clip", "eps"):
-            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if self.schedule not in ("constant", "noam", "inverse_sqrt", "cosine"):
-            raise ValueError(f"unknown schedule {self.schedule!r}")
-        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
-        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
-        if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", betas)
+        for each in fields(self):  # NumPy's scalars come out as Python's, which JSON can write
+            object.__setattr__(self, each.name, _checked(each.name, getattr(self, each.name)))
 
     def schedule_for(self, config: TransformerConfig, total: int) -> schedules.Schedule:
         if self.schedule == "constant":
@@ -89,8 +74,17 @@ class Recipe:
         return schedules.cosine(self.rate, min(self.warmup, total), total)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _checked(name: str, value: Any) -> Any:
+    """A field of the recipe, of its kind and in its range: JSON and TOML bring anything."""
+    if name == "schedule":
+        return options.choice(name, value, ("constant", "noam", "inverse_sqrt", "cosine"))
+    if name in ("rate", "clip", "eps"):
+        return options.positive(name, value)
+    if name == "label_smoothing":
+        return options.probability(name, value)
+    if name == "betas":
+        return options.pair_of_betas(value)
+    return options.integer(name, value, 0 if name == "average" else 1)
 
 
 class Trainer:
@@ -100,6 +94,7 @@ class Trainer:
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, seed: int = 0, threads: int = 1):
         """`threads` > 1: that many cores work on each batch, see parallel.py (threadpoolctl)."""
+        seed, threads = options.integer("seed", seed, 0), options.integer("threads", threads, 1)
         self.config, self.recipe = config, recipe
         self.model = Transformer(config, rng=np.random.default_rng(seed))
         self.rng = np.random.default_rng([seed, 1])  # of dropout
@@ -150,11 +145,14 @@ class Trainer:
         return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in rngs]}
 
     def load_state(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(arrays)
+        """All or nothing, as the loads of model and optimizer are."""
         rngs = self.threads.rngs if self.threads else [self.rng]
         if len(values["rng"]) != len(rngs):
             n = len(values["rng"])
             raise ValueError(f"the run was trained with {n} thread{'s' if n > 1 else ''}")
+        for rng, state in zip(rngs, values["rng"], strict=True):
+            type(rng.bit_generator)().state = state  # raises here, on another one, if it is none
+        self.optimizer.load_state_dict(arrays)
         for rng, state in zip(rngs, values["rng"], strict=True):
             rng.bit_generator.state = state
 
@@ -215,6 +213,12 @@ def run(
     saves and returns.  With `resume` the run in `folder` goes on where it stopped, and ends with
     the same weights, bit for bit, as one that never stopped.
     """
+    seed = options.integer("seed", seed, 0)
+    for name, n in (("patience", patience), ("test_examples", test_examples)):
+        if n is not None:
+            options.integer(name, n, 1)
+    if minutes is not None:
+        options.positive("minutes", minutes)
     folder, report = Path(folder), report or Silent()
     progress = _resume(trainer, folder, seed, recipe) if resume else Progress()
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
@@ -330,12 +334,13 @@ def _average(folder: Path) -> dict[str, Array]:
 def score(
     decode: Callable[[list[list[int]], int], list[list[int]]],
     task: Task,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
 ) -> dict[str, float]:
     """The answers of `decode` (sources, max_len) to the examples, scored by the task.
 
     Similar lengths go together, 256 at once.
     """
+    examples = list(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].src))
     answers: list[list[int]] = [[] for _ in examples]
     for start in range(0, len(order), 256):
@@ -416,8 +421,9 @@ def _resume(trainer, folder: Path, seed: int, recipe: Recipe) -> Progress:
         part = lambda prefix: {  # noqa: E731
             name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
         }
-        trainer.load_weights(part("model."))
+        weights = checkpoint.fitting(trainer.weights(), part("model."))  # raises before any write
         trainer.load_state(part("state."), json.loads(metadata["values"]))
+        trainer.load_weights(weights)
         return Progress(**progress)
 
 

@@ -46,6 +46,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from npformer import checkpoint, presets, tasks, training
+from npformer.options import integer
 from npformer.tasks import PAD, Batch
 from torchformer.transformer import Transformer, as_numpy
 
@@ -238,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # FSDP is anxious for outputs that are views, should one write into them: here nobody does
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     try:
+        integer("--seed", options.seed, 0)
         with group(options.device) as mesh:
             _train(options, mesh)
     except (ValueError, OSError) as error:
@@ -276,7 +278,8 @@ def _train(options: argparse.Namespace, mesh: Any) -> None:
     model = Transformer(config, np.random.default_rng(options.seed), device=options.device)
     model.right_padded = True  # as all tasks pad
     # Each rank has its own part of the batch, and drops its own entries; under tp all have one
-    torch.manual_seed(options.seed + (0 if options.parallel == "tp" else dist.get_rank()))
+    seed = options.seed + (0 if options.parallel == "tp" else dist.get_rank())
+    torch.manual_seed(seed % 2**64)
     spread_model = spread(model, options.parallel, mesh)
     parameters = list(spread_model.parameters())
     optimizer = torch.optim.Adam(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from npformer.config import TransformerConfig
+from npformer.options import integer
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
@@ -43,6 +44,7 @@ class Trainer:
                     norms, softmax and loss stay float32
         compiled    torch.compile, layer by layer, and the loss
         """
+        seed = integer("seed", seed, 0)
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.precision = check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
@@ -54,7 +56,7 @@ class Trainer:
                     layer.compile(fullgraph=True)
         self.losses = LateNumber(self.device)
         self.model.right_padded = True  # as all tasks pad
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed % 2**64)  # of dropout; torch has no longer seeds
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True
         )
@@ -135,14 +137,24 @@ class Trainer:
         return arrays, {}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
-        torch.set_rng_state(torch.from_numpy(arrays["rng.cpu"]))
-        if self.device.type == "cuda" and "rng.cuda" in arrays:
-            torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), self.device)
+        """All or nothing, as the load of the model is."""
+        rng_state = torch.from_numpy(arrays["rng.cpu"])
+        torch.Generator().set_state(rng_state)  # raises here, on another one, if it is none
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, x in arrays.items():
             if key.startswith("optimizer."):
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = torch.from_numpy(x)
+        shapes = {i: {name: x.shape for name, x in held.items()} for i, held in state.items()}
+        expected = {
+            i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            for i, p in enumerate(self.model.parameters())
+        }
+        if shapes not in ({}, expected):  # nothing, before the first step
+            raise ValueError("the optimizer state belongs to another optimizer or another model")
+        torch.set_rng_state(rng_state)
+        if self.device.type == "cuda" and "rng.cuda" in arrays:
+            torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), self.device)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

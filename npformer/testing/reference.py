@@ -128,11 +128,11 @@ def _load(module: Module, a: Arrays) -> list[Parameter]:
         @property
         def grad(self) -> Array:
             order.append(self)
-            return self.__dict__["grad"]
+            return self._grad
 
         @grad.setter
         def grad(self, value: Array) -> None:
-            self.__dict__["grad"] = value
+            self._grad = value
 
     for name, parameter in module.named_parameters():
         parameter.data[...] = a[name]
