@@ -216,6 +216,28 @@ def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
             )
 
 
+def fitting(expected: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of `state` in the dtypes of the expected ones; nothing is written anywhere.
+
+    Raises ValueError unless it has exactly their names and shapes, and real numbers throughout.
+    """
+    found = {}
+    for name, value in state.items():
+        try:
+            found[name] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged, or of a dtype of torch's
+            raise ValueError(f"the weights do not fit this model: {name}: {error}") from None
+    check_state({name: x.shape for name, x in expected.items()}, found)
+    for name, x in expected.items():
+        if not np.can_cast(found[name].dtype, x.dtype, "same_kind"):  # complex, text, objects
+            raise ValueError(
+                f"the weights do not fit this model: {name} is {found[name].dtype}, "
+                f"the model's is {x.dtype}"
+            )
+        found[name] = found[name].astype(x.dtype, copy=False)
+    return found
+
+
 # --- A file -----------------------------------------------------------------------------------
 
 

@@ -265,7 +265,8 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     model = Transformer(config, np.random.default_rng(options.seed), device=options.device)
     model.right_padded = True  # as all tasks pad
     # Each rank has its own part of the batch, and drops its own entries; under tp all have one
-    torch.manual_seed(options.seed + (0 if options.parallel == "tp" else dist.get_rank()))
+    seed = options.seed + (0 if options.parallel == "tp" else dist.get_rank())
+    torch.manual_seed(seed % 2**64)
     spread_model = spread(model, options.parallel, mesh)
     parameters = list(spread_model.parameters())
     optimizer = torch.optim.Adam(

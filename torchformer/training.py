@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from npformer.checkpoint import check_arrays
 from npformer.config import TransformerConfig
+from npformer.options import integer
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
@@ -47,6 +48,7 @@ class Trainer:
         Dropout reads the random numbers of the process, so they are seeded here (torch.manual_seed)
         and go on from step to step: other code that draws from them draws from the same row.
         """
+        seed = integer("seed", seed, 0)
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.precision = check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
@@ -58,7 +60,7 @@ class Trainer:
                     layer.compile(fullgraph=True)
         self.losses = LateNumber(self.device)
         self.model.right_padded = True  # as all tasks pad
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed % 2**64)  # of dropout; torch has no longer seeds
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True
         )

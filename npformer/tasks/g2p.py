@@ -20,7 +20,7 @@ import itertools
 import lzma
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 
@@ -135,9 +135,11 @@ class G2P(Task):
     def test(self) -> list[Example]:
         return self.examples("test")
 
-    def score(self, examples: Sequence[Example], answers: Sequence[list[int]]) -> dict[str, float]:
+    def score(self, examples: Iterable[Example], answers: Iterable[list[int]]) -> dict[str, float]:
+        examples = list(examples)
         edits = phones = wrong = 0
         for example, answer in zip(examples, answers, strict=True):
+            answer = list(answer)
             distances = [(edit_distance(answer, r), len(r)) for r in example.references]
             distance, length = min(distances, key=lambda pair: pair[0] / pair[1])
             edits, phones, wrong = edits + distance, phones + length, wrong + (distance > 0)
@@ -167,8 +169,9 @@ class G2P(Task):
         return " ".join(self.tgt_vocabulary.decode(ids))
 
 
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+def edit_distance(a: Iterable[int], b: Iterable[int]) -> int:
     """The fewest insertions, deletions and substitutions that make b of a   [Levenshtein 1966]."""
+    a, b = list(a), list(b)
     row = list(range(len(b) + 1))  # distances from the empty prefix of a to each prefix of b
     for i, x in enumerate(a, 1):
         above_left, row[0] = row[0], i
