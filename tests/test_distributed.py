@@ -55,8 +55,9 @@ def rank_main(rank, world, port, folder, n_steps, connection):
 
 
 def train(engine, mesh, folder, n_steps):
-    """Steps from where the folder is; gradients and loss of the first, weights and norm after."""
+    """Steps from where the folder is; gradients, loss and norm of the first, weights after."""
     from torchformer import parallel
+    from torchformer.training import train_step
 
     spread = parallel.spread(to_torch(make_model(CONFIG, 0)), engine, mesh)
     parameters = dict(spread.named_parameters())
@@ -64,26 +65,28 @@ def train(engine, mesh, folder, n_steps):
     first = 1
     if folder.exists():
         first = 1 + parallel.load(folder, spread, optimizer)
-    gradients = {}
+    gradients, norms = {}, []
+
+    def clip_grad_norm(given, max_norm):
+        """Sees the gradients of a step as they are."""
+        if not gradients:
+            gradients.update(
+                {
+                    name.removeprefix("module."): parallel.whole(p.grad).numpy().copy()
+                    for name, p in parameters.items()
+                }
+            )
+        norms.append(float(parallel.clip_grad_norm(given, max_norm)))
+
     for step in range(first, first + n_steps):
         src, tgt = (torch.as_tensor(ids) for ids in parallel.part_of(batch_of(step), engine))
-        logits = spread(src, tgt[:, :-1])
-        loss = parallel.loss_of(logits, tgt[:, 1:], engine, 0, SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        if step == first:
-            gradients = {
-                name.removeprefix("module."): parallel.whole(p.grad).numpy().copy()
-                for name, p in parameters.items()
-            }
-            gradients["loss"] = np.array(parallel.mean_loss(loss, engine))
-        norm = parallel.clip_grad_norm(list(parameters.values()), CLIP)
-        optimizer.step()
-        if step == 1:
-            first_norm = float(norm)
+        n_targets = parallel.share_of_targets(tgt, engine)
+        how = {"clip": CLIP, "clip_grad_norm": clip_grad_norm, "label_smoothing": SMOOTHING}
+        loss = train_step(spread, (src, tgt), optimizer, n_targets, **how)
+        gradients.setdefault("loss", np.array(parallel.mean_loss(loss, engine)))
     parallel.save(folder, spread, optimizer, first + n_steps - 1)
     weights = parallel.full_weights(spread)
-    return gradients, weights, first_norm if first == 1 else float(norm)
+    return gradients, weights, norms[0]
 
 
 def run(world, folder, n_steps):

@@ -44,7 +44,9 @@ class Transformer(nn.Module):
 
     Set `right_padded` where the targets' pads all stand at the end: the causal mask then hides them
     from every token by itself, and goes to kernels that know it without reading it.  Logits at the
-    tokens and all gradients of a loss that ignores pads are the same.
+    tokens and all gradients of a loss that ignores pads are the same.  For the same reason say
+    `full_source` to a forward where no source has a pad: who makes the batch knows, and for the
+    device to be asked is to be waited for.
     """
 
     right_padded = False
@@ -135,6 +137,7 @@ class Transformer(nn.Module):
         src_mask: Mask = None,
         tgt_mask: Mask = None,
         rng=None,
+        full_source: bool = False,
     ) -> Tensor:
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
@@ -142,14 +145,19 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
-        memory = self.encode(src, src_mask, rng)  # (B, S, C)
-        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        memory = self.encode(src, src_mask, rng, full_source)  # (B, S, C)
+        memory_mask = None if full_source else padding_mask(src, self.config.src_pad_id)
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
-    def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
+    def encode(
+        self, src: Tensor, src_mask: Mask = None, rng=None, full_source: bool = False
+    ) -> Tensor:
         """src (B, S)   ->   memory (B, S, C)"""
-        mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
-        mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
+        if full_source and src_mask is None:
+            mask = None  # every kernel is faster without one
+        else:
+            mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+            mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
         x = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
         return self.encoder(x, mask, rng)
