@@ -45,7 +45,7 @@ class CapturedStep:
         self.step, self.batch_size, self.max_len = step, batch_size, max_len
         self.device = torch.device(device)
         self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.loss = torch.zeros((), device=self.device)  # of the last step
+        self.loss = torch.zeros((), dtype=torch.float64, device=self.device)  # of the last step
         self.forget()
 
     def forget(self) -> None:
