@@ -141,6 +141,7 @@ class FastDecoder:
         """
         with aside(stream):
             for _ in range(3):  # what is made once, compiled kernels and workspaces, is made now
+                self.decoder.position.zero_()
                 self._advance(None)
         graph, _ = record(partial(self._advance, None), stream)
         self.replay = graph.replay
@@ -149,6 +150,7 @@ class FastDecoder:
         self.token.copy_(self.step(self.token, self.decoder.position, n_seen))
         self.decoder.position += 1
 
+    @torch.no_grad()
     def read_weights(self) -> None:
         """After an update of the model's weights."""
         self.decoder.read_weights()
