@@ -99,8 +99,8 @@ def in_bucket(batch: Batch, batch_size: int, max_len: int) -> Batch:
 
 
 def rounded_up(n: int) -> int:
-    """To a multiple of 4, from 33 on of 8, from 65 on of 16, ...: at most eight sizes an octave."""
-    unit = max(4, 2 ** (n - 1).bit_length() // 8)
+    """To a multiple of 4, from 65 on of 8, from 129 on of 16, ...: at most eight sizes an octave."""
+    unit = max(4, 2 ** (n - 1).bit_length() // 16)
     return -(-n // unit) * unit
 
 
