@@ -81,7 +81,7 @@ def test_captured_steps_are_the_steps(dtype, recorded):
     assert ours.captured is not None
     shapes = ours.captured.inputs.keys()
     assert ours.captured.graphs.keys() == shapes  # each has been here twice
-    assert {shape.full_source for shape in shapes} == {True, False}
+    assert {shape.is_full for shape in shapes} == {True, False}
     assert 5 < len(shapes) < 15
     assert recorded == [None] + ["the pool"] * (len(shapes) - 1)  # one pool for all
     scale = max(float(x.abs().max()) for x in plain.model.state_dict().values())

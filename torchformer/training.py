@@ -230,7 +230,7 @@ def add_gradients(
 ) -> Tensor:
     """Forward and backward; returns the loss, which may not have been computed yet.
 
-    options   of the model's forward, such as full_source
+    options   of the model's forward, such as src_mask
     """
     src, tgt = batch
     with torch.autocast(tgt.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
