@@ -118,9 +118,10 @@ class Trainer:
 
     def _what_would_fit(self, batch: Batch) -> str:
         """The error after an out-of-memory: halves the batch until a step of it does fit."""
-        if self.captured:
-            self.captured.forget()  # graphs keep their memory
         n = B = len(batch.tgt)
+        if self.captured and self.captured.graphs:  # which keep their memory
+            self.captured.forget()
+            n = 2 * B
         while n > 1:
             n //= 2
             self.optimizer.zero_grad()
@@ -129,6 +130,8 @@ class Trainer:
                 add_gradients(self.model, (src, tgt), count_targets(tgt), **self.how)
             except torch.OutOfMemoryError:
                 continue
+            if n == B:
+                return f"out of memory with a batch of {B} and CUDA graphs: --no-capture would fit"
             return f"out of memory with a batch of {B}; {n} would fit (batch_size = {n})"
         return f"out of memory with a batch of {B}, and with one of 1: a smaller model is needed"
 
