@@ -22,7 +22,7 @@ from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
 from torchformer.encoder import EncoderLayer
-from torchformer.fast import FastDecoder
+from torchformer.fast import FastDecoder, up_to
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -156,7 +156,8 @@ class Trainer:
             )
         decoder = self.decoders[B, S, max_len]
         decoder.read_weights()
-        return decoder.greedy(src, max_len, SOS, EOS)
+        chosen = decoder.continued(torch.full((B, 1), SOS, device=self.device), max_len, src, [EOS])
+        return [up_to(row, [EOS]) for row in chosen.tolist()]
 
     def weights(self) -> dict[str, np.ndarray]:
         # A copy: on the CPU .numpy() shares the memory that the optimizer goes on writing to.
