@@ -361,7 +361,9 @@ class _Run:
         test = _spread(task.test(), self.test_examples) if self.test_examples else task.test()
         scores = score(trainer.answer, task, test)
         results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
-        checkpoint.save_json(self.folder / HISTORY, progress.history | {"test": scores})
+        checkpoint.save_json(
+            self.folder / HISTORY, progress.history | {"test": scores}, indent=None
+        )
         checkpoint.save_json(self.folder / RUN, self.about | {"results": results | scores})
         return scores
 
@@ -442,11 +444,11 @@ class _Run:
             "config": self.trainer.config.to_json(),
             "recipe": json.dumps(asdict(self.recipe)),
             "seed": str(self.about["seed"]),
-            "progress": json.dumps(asdict(self.progress)),
+            "progress": json.dumps(vars(self.progress)),
             "values": json.dumps(values),
         }
         checkpoint.save_tensors(self.folder / RESUME, tensors, metadata)
-        checkpoint.save_json(self.folder / HISTORY, self.progress.history)
+        checkpoint.save_json(self.folder / HISTORY, self.progress.history, indent=None)
 
     def _load(self) -> Progress:
         """Put the trainer where the run stopped.

@@ -28,7 +28,7 @@ from torchformer.attention import check_heads_mask
 from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
-from torchformer.masks import CAUSAL, causal_mask, padding_mask
+from torchformer.masks import CAUSAL, FULL, causal_mask, padding_mask
 from torchformer.ops import Mask
 from torchformer.positional import LearnedPositions, SinusoidalPositions
 
@@ -48,7 +48,9 @@ class Transformer(nn.Module):
 
     Set `right_padded` where the targets' pads all stand at the end: the causal mask then hides them
     from every token by itself, and goes to kernels that know it without reading it.  Logits at the
-    tokens and all gradients of a loss that ignores pads are the same.
+    tokens and all gradients of a loss that ignores pads are the same.  For the same reason give
+    src_mask=masks.FULL where no source has a pad: who makes the batch knows, and to ask the device
+    would be to wait for it.
     """
 
     right_padded = False
@@ -147,14 +149,17 @@ class Transformer(nn.Module):
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
         memory = self.encode(src, src_mask, rng)  # (B, S, C)
-        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        memory_mask = None if src_mask is FULL else padding_mask(src, self.config.src_pad_id)
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
         """src (B, S)   ->   memory (B, S, C)"""
         self._check_source(src)
-        mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
-        mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
+        if src_mask is FULL:
+            mask = None  # every kernel is faster without one
+        else:
+            mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+            mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
         x = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
         return self.encoder(x, mask, rng)
