@@ -54,7 +54,8 @@ class Embedding(Module):
         y, backward_embedding = ops.embedding(ids, self.weight.data, self.padding_idx)
 
         def backward(dy):
-            self.weight.grad += backward_embedding(dy)
+            dweight = backward_embedding(dy)  # (V, C)
+            self.weight.grad += dweight
             # nothing to return: ids are integers
 
         return y, backward
