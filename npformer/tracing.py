@@ -282,7 +282,8 @@ class Watcher:
                 continue
             if not is_new and seen.places.get(name) == len(self.entries) - 1:  # nothing came since
                 made = self.entries[-1]
-                refined = f"{made.refined}\n{statement.text}".strip()
+                lines = [*made.refined.splitlines(), statement.text]
+                refined = "\n".join(dict.fromkeys(lines))  # a loop's once
                 self.entries[-1] = replace(made, value=array, refined=refined)
                 continue
             code = seen.frame.f_code
