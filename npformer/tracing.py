@@ -525,6 +525,8 @@ def difference(a: Trace, b: Trace, bound: float | None = None) -> Difference | N
 
 
 def _compare(entry: Entry, other: Array, bound: float | None) -> str | None:
+    if entry.value.dtype == other.dtype and np.array_equal(entry.value, other):
+        return None
     # Masks and ids as numbers: booleans cannot be subtracted, and unsigned integers wrap around
     value, other = (
         x.astype(np.float64) if x.dtype.kind in "biu" else x for x in (entry.value, other)

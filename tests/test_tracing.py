@@ -186,7 +186,8 @@ def spoiled_line(file, line, local):
     """What that line gives to that local is wrong."""
     path = tracing.PACKAGE.parent / file
     module = sys.modules[file.removesuffix(".py").replace("/", ".")]
-    around = next(n for n in ast.parse(path.read_text()).body if n.lineno <= line <= n.end_lineno)
+    tree, _ = tracing._parsed(str(path))  # parsed once
+    around = next(node for node in tree.body if node.lineno <= line <= node.end_lineno)
     statement = next(
         node
         for node in ast.walk(around)
@@ -195,10 +196,11 @@ def spoiled_line(file, line, local):
     which = None
     if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
         which = [name.id for name in statement.targets[0].elts].index(local)
-    call = ast.Call(ast.Name("_spoiled", ast.Load()), [statement.value, ast.Constant(which)], [])
-    statement.value = ast.fix_missing_locations(ast.copy_location(call, statement.value))
-    wrong = vars(module) | {"_spoiled": spoiled}
+    wrong, value = vars(module).copy(), statement.value
+    call = ast.Call(ast.Name("_spoiled", ast.Load()), [value, ast.Constant(which)], [])
+    statement.value = ast.fix_missing_locations(ast.copy_location(call, value))
     exec(compile(ast.Module([around], []), path, "exec"), wrong)
+    statement.value = value
     functions = zoo._functions(ast.Module([around], []))
     name = next(name for name, n in functions.items() if n.lineno <= line <= n.end_lineno)
     live = zoo._find(vars(module), name)
