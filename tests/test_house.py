@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "encoder": WIRING,
     "decoder": WIRING,
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
-    "checkpoint": {"config"},
+    "storage": LEAVES,
+    "checkpoint": {"config", "storage"},
     "optim": {"ops", "module", "schedules"},
     "decoding": {"ops", "transformer", "cache", "answers"},
     "parallel": {"ops", "transformer"},
@@ -128,7 +129,7 @@ def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
-    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers"}
+    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers", "storage"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 
