@@ -54,8 +54,7 @@ class Embedding(Module):
         y, backward_embedding = ops.embedding(ids, self.weight.data, self.padding_idx)
 
         def backward(dy):
-            dweight = backward_embedding(dy)  # (V, C)
-            self.weight.grad += dweight
+            self.weight.grad += backward_embedding(dy)
             # nothing to return: ids are integers
 
         return y, backward

@@ -721,7 +721,7 @@ ZOO = [
         "positions-averaged-over-the-batch",
         "every sample used the row: a sum, not a mean",
         "positional.py",
-        ("+= dy.sum(axis=0)", "+= dy.mean(axis=0)"),
+        ("drows = dy.sum(axis=0)", "drows = dy.mean(axis=0)"),
         where="model.transformer",
         tensor="d.tgt_positions.weight",
     ),
