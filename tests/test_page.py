@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import npformer
-from npformer import checkpoint, cli, tasks, training
+from npformer import checkpoint, cli, plot, tasks, training
 from npformer.page import MOST_COLUMNS, MOST_ROWS, write_page
 from npformer.testing.models import make_model
 from npformer.tracing import Entry, Trace
@@ -149,6 +149,27 @@ def test_axes_mean_what_they_are_called(tmp_path):
         name, *expected = line.split()
         expected = [None if kind == "-" else kind.replace("-", " ") for kind in expected]
         assert axes[name] == expected, name
+
+
+def texts_of(path):
+    return re.findall(r"<text [^>]*>([^<]*)</text>", path.read_text())
+
+
+def test_a_step_is_called_what_it_has_read_and_what_it_says_on_every_picture(tmp_path):
+    """`read → said`: on the page, in `pronounce --plot` and in `attention`."""
+    matplotlib = pytest.importorskip("matplotlib")
+    steps = ["start → t6", "t6 → t7", "t7 → t8", "t8 → end"]
+    read, said = (list(tokens) for tokens in zip(*(s.split(" → ") for s in steps), strict=True))
+    seen, _ = written(tmp_path / "page.html", target=read)
+    assert data_of(tmp_path / "page.html")["said"] == said
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        plot.draw_alignment((["a", "b"], said, np.ones((4, 2))), tmp_path / "plot.svg")
+        plot.draw_attention(seen, ["a", "b", "c"], read, said, tmp_path / "heads.svg")
+    assert [text for text in texts_of(tmp_path / "plot.svg") if " → " in text] == steps + [
+        "steps, read → said: who attends"
+    ]
+    decoder = [text for text in texts_of(tmp_path / "heads.svg") if " → " in text]
+    assert decoder == steps * 8  # two layers, two attentions, two heads
 
 
 def test_a_trace_of_another_program_has_no_labels(tmp_path):

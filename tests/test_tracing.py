@@ -153,6 +153,11 @@ def test_every_tensor_has_its_equation(config):
         assert any(said in entry.equation for entry in shown), name
 
 
+def test_every_tensor_of_the_twin_has_its_equation():
+    for entry in torch_traced():
+        assert re.search(r" (=|←) ", entry.equation), (entry.name, entry.formula)
+
+
 # --- The order ---------------------------------------------------------------------------------
 
 

@@ -11,10 +11,12 @@ from torchformer.ops import Mask
 
 
 def split_heads(x: Tensor, d_head: int) -> Tensor:  # (B, T, C) -> (B, H, T, D)
+    """xh[b, h, t] = x[b, t, h D : (h + 1) D]: each head gets its slice of C."""
     return x.unflatten(-1, (-1, d_head)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, C)
+    """x[b, t] = concat(xh[b, 0, t], ..., xh[b, H - 1, t])."""
     return x.transpose(1, 2).flatten(-2)
 
 
@@ -37,6 +39,10 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, rng=None
     ) -> Tensor:
+        """y = concat(head_1, ..., head_H) W_Oᵀ + b_O,   head_h = attention(q_h, k_h, v_h).
+
+        With q = query W_Qᵀ + b_Q, and k, v in the same way, cut into H slices q_h, k_h, v_h.
+        """
         q = self.q_proj(query)  # (B, T, C)
         k = self.k_proj(key)  # (B, S, C)
         v = self.v_proj(value)  # (B, S, C)

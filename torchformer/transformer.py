@@ -136,6 +136,7 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
+        """logits = decode(tgt, memory) with memory = encode(src); without a source decode(tgt)."""
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
         if src is not None and len(src) != len(tgt):
@@ -147,7 +148,7 @@ class Transformer(nn.Module):
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
-        """src (B, S)   ->   memory (B, S, C)"""
+        """memory = encoder(embed(src)).   src (B, S)   ->   memory (B, S, C)"""
         mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
         mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
@@ -162,7 +163,10 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)"""
+        """logits = head(y) with y = decoder(embed(tgt), memory).
+
+        tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
+        """
         if self.right_padded and tgt_mask is None:
             mask = CAUSAL  # a token sees none of the pads, which all come after it
         else:
@@ -225,7 +229,10 @@ class Transformer(nn.Module):
         rng=None,
         offset: int = 0,
     ) -> Tensor:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        """x = √C E[ids] + P: the token's row times √C, plus the position's   [§ 3.4].
+
+        ids (B, T)   ->   x (B, T, C)
+        """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e = embedding(ids)  # (B, T, C)
         x = positions(e * scale, offset)
