@@ -43,6 +43,9 @@ class Trainer:
         precision   "bfloat16": products and attention in bfloat16 by torch.autocast; parameters,
                     norms, softmax and loss stay float32
         compiled    torch.compile, layer by layer, and the loss
+
+        Dropout reads the random numbers of the process, so they are seeded here (torch.manual_seed)
+        and go on from step to step: other code that draws from them draws from the same row.
         """
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         self.precision = check_precision(precision, self.device)
