@@ -13,7 +13,7 @@ import pytest
 
 import npformer
 from benchmarks import __main__ as whole
-from benchmarks import decoding, harness, plots, tables, training
+from benchmarks import decoding, harness, plots, roofline, tables, training
 from benchmarks.configs import SIZES, Size
 from benchmarks.contenders import Floor, Problem, make
 from benchmarks.harness import BenchmarkError, Contender, Measurement, Result, Run, measure
@@ -219,6 +219,26 @@ def test_tables_and_plots_are_drawn_from_the_files(results, tmp_path):
     drawn = list(plots.draw_all(loaded, tmp_path))
     assert [path.name for path in drawn] == ["breakdown.png", "roofline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_what_is_above_the_roof_of_the_memory_is_explained(results):
+    """An op can only be there if a cache holds its arrays, whose own roof is measured as well."""
+    pytest.importorskip("matplotlib")
+    fresh = Result.load(next(results.glob("*-roofline.json")))
+    (run,) = fresh.runs
+    assert roofline.moved(run, roofline.COPY_CACHED) > 0
+    assert set(roofline.points(run)[2]).isdisjoint(roofline.CEILINGS)
+    assert "roof: cache" in roofline.draw(fresh.runs)
+    (axes,) = plots.draw_roofline(fresh).axes
+    assert {"-", "--"} <= {line.get_linestyle() for line in axes.lines}
+    committed = tables.newest_of(tables.RESULTS.glob("*.json"))["roofline"]
+    for axes, run in zip(plots.draw_roofline(committed).axes, committed.runs, strict=True):
+        top, copying, found = roofline.points(run)
+        above = [name for name, (x, rate) in found.items() if rate > 1.05 * min(top, x * copying)]
+        assert all(run.about["bytes"][name] < 2**24 for name in above)  # a cache of 32 MiB
+        lines = {line.get_linestyle() for line in axes.lines}
+        said = " ".join(text.get_text() for text in axes.texts)
+        assert "--" in lines or all(f"{name} moves" in said for name in above)
 
 
 def test_quick_results_do_not_get_into_the_readme(results):
