@@ -16,7 +16,7 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
+from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
@@ -72,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
     )
-    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument(
+        "--out", type=path, default="runs/demo", help="folder to save to (default runs/demo)"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -99,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
         help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
-    train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    train.add_argument(
+        "--config", type=path, metavar="FILE.toml", help="tables [model], [recipe] to change"
+    )
     train.add_argument(
         "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
     )
@@ -117,8 +121,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--compile", action="store_true", help="for --backend torch: torch.compile each layer"
     )
-    train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
-    train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    train.add_argument(
+        "--out", type=path, metavar="DIR", help="folder to save to (default runs/TASK)"
+    )
+    train.add_argument(
+        "--resume", type=path, metavar="DIR", help="go on with the run in this folder"
+    )
     train.set_defaults(run=run_train)
 
     check = commands.add_parser(
@@ -183,10 +191,15 @@ def parser() -> argparse.ArgumentParser:
         help="width of the search (5); 1: greedy",
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
-    add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
+    add("--weights", type=path, metavar="DIR", help="a model of your own, by `npformer train g2p`")
     add("--stress", action="store_true", help="with stress: 1 primary, 2 secondary, 0 none")
     add("--ipa", action="store_true", help="in the letters of the IPA")
-    add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
+    add(
+        "--plot",
+        type=path,
+        metavar="FILE.png",
+        help="draw which letters each sound of the word comes from",
+    )
     add("--json", action="store_true", help="print one JSON object a word and nothing else")
     pronounce.set_defaults(run=run_pronounce)
 
@@ -198,7 +211,9 @@ def parser() -> argparse.ArgumentParser:
     )
     trace.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
     trace.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
-    trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
+    trace.add_argument(
+        "--out", type=path, metavar="TRACE", help="save it there, for `npformer diff`"
+    )
     trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
     trace.set_defaults(run=run_trace)
 
@@ -221,7 +236,7 @@ def parser() -> argparse.ArgumentParser:
     )
     attention.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
     attention.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
-    attention.add_argument("--out", default="attention.png", metavar="FILE.png")
+    attention.add_argument("--out", type=path, default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
     explain = commands.add_parser(
@@ -232,7 +247,7 @@ def parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
     explain.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
-    explain.add_argument("--out", default="page.html", metavar="PAGE.html")
+    explain.add_argument("--out", type=path, default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
     mask = commands.add_parser(
@@ -251,7 +266,7 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument(
         "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
     )
-    mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
+    mask.add_argument("--file", type=path, metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
     embeddings = commands.add_parser(
@@ -261,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
         "of each pair), and the tokens in the plane that shows most of their spread.",
     )
     embeddings.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    embeddings.add_argument("--out", default="embeddings.png", metavar="FILE.png")
+    embeddings.add_argument("--out", type=path, default="embeddings.png", metavar="FILE.png")
     embeddings.set_defaults(run=run_embeddings)
 
     for command in (demo, train, check, predict, export):

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from npformer.arguments import Parser, one_line, positive_number, whole_number
+from npformer.arguments import Parser, one_line, path, positive_number, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,12 +22,12 @@ def main(arguments: list[str] | None = None) -> int:
         only = cases.check_operations(options.only)
         if options.bounds:
             return _bounds(options, only)
-        if options.check:
+        if options.check is not None:
             return _check(options)
         levels = tuple(options.level or cases.LEVELS)
         size = (options.examples, options.seed, options.dtype)
         found = cases.make_cases(levels, *size, fixed, only)
-        return _dump(options, found) if options.dump else _run(options, found)
+        return _run(options, found) if options.dump is None else _dump(options, found)
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}")
     except (ValueError, TypeError, TargetError) as error:
@@ -60,7 +60,7 @@ def _say(options: argparse.Namespace, verdicts: Any) -> int:
     from npformer.testing.report import Report
 
     report = Report(verdicts)
-    if options.json:
+    if options.json is not None:
         report.write_json(options.json)
     print(report.text())
     return report.exit_code
@@ -91,8 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="pkg.module:factory",
         help="a function without arguments that returns the adapter, target(op, arrays, options)",
     )
-    mode.add_argument("--dump", metavar="DIR", help="write the cases there, for any program")
-    mode.add_argument("--check", metavar="DIR", help="score the answers that a program wrote there")
+    mode.add_argument(
+        "--dump", type=path, metavar="DIR", help="write the cases there, for any program"
+    )
+    mode.add_argument(
+        "--check", type=path, metavar="DIR", help="score the answers that a program wrote there"
+    )
     mode.add_argument(
         "--bounds",
         type=whole_number(1, 10**6),
@@ -130,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds for a case, which is asked twice (60)",
     )
-    add("--json", metavar="FILE", help="write every verdict there as well")
+    add("--json", type=path, metavar="FILE", help="write every verdict there as well")
     add("--overwrite", action="store_true", help="--dump: replace the cases that are there")
     return parser
 
