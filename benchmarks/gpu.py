@@ -37,7 +37,7 @@ from benchmarks.gpu_shapes import (
     training_work,
 )
 from benchmarks.torch_reference import TorchTransformer, to_reference
-from npformer import TransformerConfig
+from npformer import TransformerConfig, streams
 from torchformer import fast
 from torchformer.decoder import DecoderLayer
 from torchformer.encoder import EncoderLayer
@@ -752,7 +752,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--budget", type=float, metavar="S", help="seconds in all (540, on a CPU 100)")
     add("--only", metavar="NAMES", help=f"sections, of: {', '.join(SECTIONS)}")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes (cuda)")
-    options = parser.parse_args(argv)
+    return streams.program(parser, argv, partial(_run, parser))
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     chosen = options.only.split(",") if options.only else list(SECTIONS)
     for name in chosen:
         if name not in SECTIONS:
@@ -807,7 +810,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def save(path: Path, text: str) -> None:
     temporary = path.with_suffix(".part")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -5,13 +5,14 @@ import importlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_report, harness
 from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
-from npformer import storage
+from npformer import storage, streams
 
 DESCRIPTION = """\
 Draw the tables of result files:
@@ -37,11 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     parser.add_argument("--readme", action="store_true", help="tables of the README, and plots")
-    options = parser.parse_args(argv)
+    if code := streams.program(parser, argv, partial(_run, parser)):
+        parser.exit(code)
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         if options.readme:
             newest = newest_of(p for p in RESULTS.glob("*.json") if not p.stem.endswith("-gpu"))
-            text = fill(README.read_text(), newest, newest_gpu(RESULTS))
+            text = fill(README.read_text(encoding="utf-8"), newest, newest_gpu(RESULTS))
             storage.write(README, text.encode())
             from benchmarks import plots
 
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(draw(path), end="\n\n")
     except BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    return 0
 
 
 def draw(path: Path) -> str:
@@ -105,7 +111,7 @@ def kind_of(result: Result) -> str:
 def newest_gpu(folder: Path) -> dict[str, Any] | None:
     """The newest bench.json of benchmarks.gpu, which is committed as DATE-gpu.json."""
     found = sorted(folder.glob("*-gpu.json"))
-    return json.loads(found[-1].read_text()) if found else None
+    return json.loads(found[-1].read_text(encoding="utf-8-sig")) if found else None
 
 
 def fill(text: str, newest: dict[str, Result], gpu: dict[str, Any] | None = None) -> str:

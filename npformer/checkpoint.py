@@ -144,7 +144,7 @@ def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
 
 def _read_config(path: Path) -> TransformerConfig:
     with blame(path):
-        return TransformerConfig.from_json(storage.read(path).decode("utf-8"))
+        return TransformerConfig.from_json(storage.read(path).decode("utf-8-sig"))
 
 
 def check_folder(folder: str | Path) -> None:
@@ -194,6 +194,25 @@ def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any
             raise ValueError(
                 f"the weights do not fit this model: {name} is {tuple(state[name].shape)}, "
                 f"the model's is {tuple(shape)}"
+            )
+
+
+def check_arrays(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless `state` has exactly the expected names, shapes and dtypes."""
+    check_state({name: x.shape for name, x in expected.items()}, state)
+    for name, x in expected.items():
+        if state[name].dtype != x.dtype:
+            raise ValueError(f"{name} is {state[name].dtype}, here it is {x.dtype}")
+
+
+def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError, naming it, for a tensor that nothing can be computed with."""
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            n = x.size - int(np.isfinite(x).sum())
+            raise CheckpointError(
+                f"{path}: {n:,} of the {x.size:,} numbers of {name} are NaN or infinite: training "
+                "that diverged leaves such weights, and so does a file that is damaged"
             )
 
 
@@ -305,19 +324,32 @@ def verify(path: str | Path, largest: float = math.inf) -> None:
             load_tensors(path, math.inf)
 
 
+def to_json(value: Any, **options: Any) -> str:
+    """As json.dumps; NaN and infinity, for which JSON has no word, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
 def save_json(path: str | Path, value: Any) -> None:
     write_atomically(path, _json(value))
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (to_json(value, indent=2) + "\n").encode()
 
 
 def load_json(path: str | Path) -> Any:
     with blame(path):
         data = storage.read(path)
         try:
-            return parse_json(data.decode("utf-8"))
+            return parse_json(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 

@@ -2,7 +2,7 @@
 
 import argparse
 import difflib
-import json
+import math
 import os
 import sys
 import time
@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import npformer
-from npformer import arguments, checkpoint, presets, runs, tasks, training
+from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
 from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
-from npformer.checkpoint import CheckpointError, blame
+from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
@@ -30,22 +30,8 @@ BEAMS, IDS = 100, 2**31 - 1  # at most so many of a search; and up to there a to
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all well;  1: the twins disagree;  2: bad input, said in one line."""
-    options = parser().parse_args(arguments)
-    if options.command is None:
-        parser().print_help()
-        return 0
-    try:
-        return options.run(options)
-    except BrokenPipeError:  # the reader (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (ValueError, TypeError, OSError, MemoryError, MissingError) as error:
-        message = " ".join(str(error).split())
-        print(f"npformer {options.command}: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"npformer {options.command}: interrupted", file=sys.stderr)
-        return 130
+    refusals = (ValueError, TypeError, MemoryError, MissingError)
+    return streams.program(parser(), arguments, lambda options: options.run(options), *refusals)
 
 
 class MissingError(Exception):
@@ -57,9 +43,11 @@ def parser() -> argparse.ArgumentParser:
         prog="npformer",
         description="The Transformer in plain NumPy, every gradient written by hand, and its twin "
         "in PyTorch, proven equal.",
-        epilog="Start with: npformer demo",
+        epilog="Start with: npformer demo.  Exit code: 0 all is well; 1 something differs; 2 it "
+        "cannot be done, and a line on standard error says why.",
     )
     top.add_argument("--version", action="version", version=f"npformer {npformer.__version__}")
+    top.set_defaults(run=lambda _: top.print_help() or 0)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -93,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--steps", type=whole_number(1, STEPS), help="stop after so many steps")
     train.add_argument(
-        "--minutes", type=positive_number(arguments.MINUTES), help="stop after so much time"
+        "--minutes",
+        type=positive_number(arguments.MINUTES),
+        help="stop after so much time, with that of the sessions before a --resume",
     )
     train.add_argument(
         "--patience",
@@ -125,7 +115,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=path, metavar="DIR", help="folder to save to (default runs/TASK)"
     )
     train.add_argument(
-        "--resume", type=path, metavar="DIR", help="go on with the run in this folder"
+        "--resume",
+        type=path,
+        metavar="DIR",
+        help="go on with the run in this folder, for as long as it was to go on; --steps, "
+        "--minutes and --patience say otherwise",
     )
     train.set_defaults(run=run_train)
 
@@ -141,12 +135,21 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         help="the model's answer to each input",
-        description="One answer a line, for the inputs given or, without any, for each line of "
-        "standard input.  A bad input gives an empty line and a message; the exit code is then 2.",
+        description="What the model in DIR answers, a line for each input or, where none is given, "
+        "for each line of standard input.  A bad input gives an empty line, and a line on standard "
+        "error; all others are answered, and in the end the exit code is 2.",
     )
     predict.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    predict.add_argument("inputs", nargs="*", metavar="WORD", help="such as 312, or hypothesis")
-    predict.add_argument("--backend", choices=("numpy", "torch"), default="numpy")
+    predict.add_argument(
+        "inputs",
+        nargs="*",
+        type=streams.argument,
+        metavar="INPUT",
+        help="as the model's task has them: 312 of digits, hypothesis of g2p",
+    )
+    predict.add_argument(
+        "--backend", choices=("numpy", "torch"), default="numpy", help="which twin answers (numpy)"
+    )
     predict.set_defaults(run=run_predict)
 
     export = commands.add_parser(
@@ -169,13 +172,21 @@ def parser() -> argparse.ArgumentParser:
     pronounce = commands.add_parser(
         "pronounce",
         help="how English words are pronounced",
-        description="ARPAbet of each word given or, without any, of each line of standard input, "
-        "as it comes: from the CMU dictionary, or for words that it does not have from the model "
-        "in this package.  An input that is no word gives one line on standard error and nothing "
-        "else, and in the end exit code 1.",
+        description="The sounds of each word in ARPAbet (hello: HH AH L OW), or where none is "
+        "given of each line of standard input, as it comes: from the CMU dictionary, or for words "
+        "that it does not have from the model in this package.  Capitals, accents and punctuation "
+        "around a word make no difference; tomato(2) is the second way to say it.  An input that "
+        "is no word gives one line on standard error, all others are answered, and in the end the "
+        "exit code is 2.",
     )
     add = pronounce.add_argument
-    add("words", nargs="*", metavar="WORD")
+    add(
+        "words",
+        nargs="*",
+        type=streams.argument,
+        metavar="WORD",
+        help="such as hypothesis, or don't",
+    )
     add(
         "--nbest",
         type=whole_number(1, BEAMS),
@@ -192,15 +203,29 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
     add("--weights", type=path, metavar="DIR", help="a model of your own, by `npformer train g2p`")
-    add("--stress", action="store_true", help="with stress: 1 primary, 2 secondary, 0 none")
-    add("--ipa", action="store_true", help="in the letters of the IPA")
+    add(
+        "--stress",
+        action="store_true",
+        help="with stress: 1 primary, 2 secondary, 0 none.  The dictionary has it; the model in "
+        "this package has not, and words that it would have to say are refused",
+    )
+    add(
+        "--ipa",
+        action="store_true",
+        help="in the letters of the IPA.  Of words from the model in this package, which knows no "
+        "stress, which vowels are ə or ɚ is a guess",
+    )
     add(
         "--plot",
         type=path,
         metavar="FILE.png",
         help="draw which letters each sound of the word comes from",
     )
-    add("--json", action="store_true", help="print one JSON object a word and nothing else")
+    add(
+        "--json",
+        action="store_true",
+        help='print one JSON object a word and nothing else; one that is no word has an "error"',
+    )
     pronounce.set_defaults(run=run_pronounce)
 
     trace = commands.add_parser(
@@ -210,7 +235,9 @@ def parser() -> argparse.ArgumentParser:
         "named intermediate: name, shape, size of the numbers, where in the source it is made.",
     )
     trace.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    trace.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    trace.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     trace.add_argument(
         "--out", type=path, metavar="TRACE", help="save it there, for `npformer diff`"
     )
@@ -235,7 +262,9 @@ def parser() -> argparse.ArgumentParser:
         description="Draw who attends to whom while the model answers, tokens on the axes.",
     )
     attention.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    attention.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    attention.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     attention.add_argument("--out", type=path, default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
@@ -246,7 +275,9 @@ def parser() -> argparse.ArgumentParser:
         "tensor forward and backward as a heat map, with its formula and its line of source.",
     )
     explain.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    explain.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    explain.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     explain.add_argument("--out", type=path, default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
@@ -309,16 +340,16 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     started = time.perf_counter()
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     task = tasks.load("sort")
     config, recipe = presets.build(task, presets.settings(task, "demo"))
     recipe = replace(recipe, steps=options.steps or recipe.steps)
     keep_freed_memory()
     say("1. Training a Transformer to sort digits, in NumPy alone (312 -> 123) ...")
     with runs.locked(options.out):
-        runs.claim(options.out, "run", options.overwrite or runs.is_demo(options.out))
+        overwrite = options.overwrite or runs.is_demo(options.out)
+        runs.claim(options.out, "run", overwrite)
         trainer = training.Trainer(config, recipe, options.seed)
-        runs.clear(options.out, "run")
         with _reporter(task, options.json) as report:
             outcome = training.run(
                 trainer,
@@ -328,6 +359,7 @@ def run_demo(options: argparse.Namespace) -> int:
                 seed=options.seed,
                 minutes=1.0,  # on a slow machine the schedule is shortened to fit
                 about={"kind": "demo", "preset": "demo", "config": config.to_json()},
+                overwrite=overwrite,
                 report=report,
             )
     if outcome.ended == "interrupted":
@@ -364,59 +396,47 @@ def run_demo(options: argparse.Namespace) -> int:
         say(result["verdict"])
     result["seconds"] = time.perf_counter() - started
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 1 if result["agree"] is False else 0
 
 
 def run_train(options: argparse.Namespace) -> int:
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     if options.resume:
-        folder, about = Path(options.resume), training.load_run(options.resume)
-        earlier = {"threads": None, "precision": "float32", "compile": False}
-        about = earlier | about  # of an earlier version
-        for name in ("task", "backend", "seed", "threads", "precision"):
-            if getattr(options, name) not in (None, about[name]):
-                raise ValueError(f"the run in {folder} has {name} {about[name]}")
-        if options.compile and not about["compile"]:
-            raise ValueError(f"the run in {folder} is not compiled")
-        if options.preset or options.config or options.out or options.overwrite:
-            raise ValueError(
-                "--resume goes on as it began: no --preset, --config, --out or --overwrite"
-            )
+        folder, about = Path(options.resume), _as_it_began(options)
         with blame(folder / training.RUN):
             task = tasks.load(about["task"])
             config = npformer.TransformerConfig.from_json(about["config"])
             recipe = training.Recipe(**about["recipe"])
-        backend, seed, threads = about["backend"], about["seed"], about["threads"]
     else:
         if options.task is None:
             raise ValueError(f"which task? one of {', '.join(tasks.NAMES)}")
         task = tasks.load(options.task)
         chosen = presets.settings(task, options.preset or "default", options.config)
         config, recipe = presets.build(task, chosen)
-        backend, seed, threads = options.backend or "numpy", options.seed or 0, options.threads
         folder = Path(options.out) if options.out else _free_folder(task.name)
         about = {"kind": "train", "preset": options.preset or "default", "config": config.to_json()}
-        about |= {"threads": threads, "precision": options.precision or "float32"}
-        about |= {"compile": options.compile}
-    if options.steps:
-        recipe = replace(recipe, steps=options.steps)
-    elif options.minutes:
-        recipe = replace(recipe, steps=10**9)
+        about |= {"backend": options.backend or "numpy", "seed": options.seed or 0}
+        about |= {"threads": options.threads, "precision": options.precision or "float32"}
+        about |= {"compile": options.compile, "plan": {"minutes": None, "patience": None}}
+    plan, seed = about["plan"], about["seed"]
+    if options.steps or options.minutes:  # else as the run began
+        plan["minutes"] = options.minutes
+        recipe = replace(recipe, steps=options.steps or NO_LIMIT)
+    if options.patience:
+        plan["patience"] = options.patience
     arguments.check_room("to train this model", presets.bytes_to_train(task, config, recipe))
     keep_freed_memory()
     engine = (options.device, about["precision"], about["compile"])
     with runs.locked(folder):
         if not options.resume:
             runs.claim(folder, "run", options.overwrite, f"--resume {folder}, ")
-        trainer = _trainer(backend, config, recipe, seed, threads, engine)
+        trainer = _trainer(about["backend"], config, recipe, seed, about["threads"], engine)
         say(
-            f"Training {task.name} with {backend}: {config.n_encoder_layers}+"
+            f"Training {task.name} with {about['backend']}: {config.n_encoder_layers}+"
             f"{config.n_decoder_layers} layers, d_model {config.d_model}, "
             f"{config.n_parameters:,} parameters -> {folder}"
         )
-        if not options.resume:
-            runs.clear(folder, "run")
         with _reporter(task, options.json) as report:
             outcome = training.run(
                 trainer,
@@ -424,10 +444,11 @@ def run_train(options: argparse.Namespace) -> int:
                 folder,
                 recipe=recipe,
                 seed=seed,
-                minutes=options.minutes,
-                patience=options.patience,
+                minutes=plan["minutes"],
+                patience=plan["patience"],
                 about=about,
                 resume=bool(options.resume),
+                overwrite=options.overwrite,
                 report=report,
             )
         drawn = draw_history(outcome.progress.history, task, folder / runs.LOSS)
@@ -445,8 +466,33 @@ def run_train(options: argparse.Namespace) -> int:
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
-        print(json.dumps(summary | outcome.scores, indent=2))
+        print(to_json(summary | outcome.scores, indent=2))
     return 130 if outcome.ended == "interrupted" else 0
+
+
+NO_LIMIT = 10**9  # steps: the time ends the run
+
+
+def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
+    """What run.json says of the run to resume.  Raises ValueError where an option differs from it.
+
+    `plan` is how long it was to go on; what the command line says of that comes first.
+    """
+    folder = Path(options.resume)
+    earlier = {"threads": None, "precision": "float32", "compile": False}
+    about = earlier | {"plan": {}} | training.load_run(folder)  # of an earlier version
+    plan = about["plan"] = {"minutes": None, "patience": None} | about["plan"]
+    has_end = about["recipe"].get("steps") != NO_LIMIT or plan["minutes"]
+    if not (has_end or options.steps or options.minutes):
+        raise ValueError(f"the run in {folder} was to end with its time: say --minutes or --steps")
+    for name in ("task", "backend", "seed", "threads", "precision"):
+        if getattr(options, name) not in (None, about[name]):
+            raise ValueError(f"the run in {folder} has {name} {about[name]}")
+    if options.compile and not about["compile"]:
+        raise ValueError(f"the run in {folder} is not compiled")
+    if options.preset or options.config or options.out or options.overwrite:
+        raise ValueError("--resume goes on as it began: no --preset, --config, --out, --overwrite")
+    return about
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -457,7 +503,7 @@ def run_check(options: argparse.Namespace) -> int:
     say(f"Next: npformer predict {options.folder} {_example(task)}")
     say(result["verdict"])
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 0 if result["agree"] else 1
 
 
@@ -477,7 +523,7 @@ def run_predict(options: argparse.Namespace) -> int:
         if not options.json:
             print(results.pop().get("output", ""), flush=True)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
     return 2 if failed else 0
 
 
@@ -520,7 +566,7 @@ def run_export(options: argparse.Namespace) -> int:
     say(f"{out}: {size:.2f} MB.  Next: npformer predict {out} {_example(task)}")
     say(agreement["verdict"])
     if options.json:
-        print(json.dumps(certificate, indent=2))
+        print(to_json(certificate, indent=2))
     return 0
 
 
@@ -534,24 +580,24 @@ def run_pronounce(options: argparse.Namespace) -> int:
     if options.words:
         chunks: Any = [options.words]
     else:
-        if sys.stdin.isatty():
-            print("A word a line; Ctrl-D ends.", file=sys.stderr)
-        chunks = pronunciation.arriving(sys.stdin.buffer)
+        _invite("A word a line")
+        chunks = streams.arriving()
     n, refused = 0, False
     for words in chunks:
-        for word, answer in zip(words, voice.answer(words, **wanted), strict=True):
+        answers = voice.answer(words, **wanted, ipa=options.ipa and not options.json)
+        for word, answer in zip(words, answers, strict=True):
             n += 1
             if isinstance(answer, ValueError):
                 refused = True
                 print(f"npformer pronounce: input {n}: {answer}", file=sys.stderr)
                 if options.json:
-                    print(json.dumps({"word": word, "error": str(answer)}, ensure_ascii=False))
+                    print(to_json({"word": word, "error": str(answer)}, ensure_ascii=False))
             elif options.json:
-                print(json.dumps(_as_json(answer), ensure_ascii=False))
+                print(to_json(_as_json(answer), ensure_ascii=False))
             else:
                 _print_pronunciation(answer, options.ipa)
-        sys.stdout.flush()
-    return 1 if refused else 0
+        streams.flush()
+    return 2 if refused else 0
 
 
 def _print_pronunciation(answer: Any, ipa: bool) -> None:
@@ -686,10 +732,10 @@ def run_lesson(options: argparse.Namespace) -> int:
 
     if options.number is None:
         for path in lessons.files():
-            print(f"{int(path.name[:2]):3}  {lessons.title(path.read_text())}")
+            print(f"{int(path.name[:2]):3}  {lessons.title(path.read_text(encoding='utf-8'))}")
         print("\nnpformer lesson N prints one, npformer lesson N --run runs its code as well.")
         return 0
-    text = lessons.find(options.number).read_text()
+    text = lessons.find(options.number).read_text(encoding="utf-8")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     pieces = lessons.run(text) if options.live else lessons.split(text)
     seen = []
@@ -800,6 +846,8 @@ def _load(folder: str, verify: bool = False) -> tuple[Transformer, Task]:
     if verify:
         checkpoint.verify(Path(folder) / checkpoint.MODEL)
     model = Transformer.load(folder)
+    weights = {name: p.data for name, p in model.named_parameters()}
+    checkpoint.check_finite(Path(folder) / checkpoint.MODEL, weights)
     sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
     if (model.config.src_vocab_size, model.config.tgt_vocab_size) != sizes:
         raise CheckpointError(f"{folder}: the model's vocabularies are not those of {task.name}")
@@ -808,12 +856,20 @@ def _load(folder: str, verify: bool = False) -> tuple[Transformer, Task]:
 
 def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], str | None]]:
     """Each input with its ids, or with what is wrong with it."""
-    for i, raw in enumerate(given or sys.stdin.buffer, 1):
+    if not given:
+        _invite("An input a line")
+    lines = given or (line for chunk in streams.arriving() for line in chunk)
+    for i, text in enumerate(lines, 1):
         try:
-            text = raw if isinstance(raw, str) else raw.decode("utf-8").rstrip("\r\n")
             yield text, task.parse(text), None
         except ValueError as error:
-            yield str(raw), [], f"input {i}: {error}"
+            yield text, [], f"input {i}: {error}"
+
+
+def _invite(what: str) -> None:
+    """For whoever sits before a terminal that waits."""
+    if sys.stdin.isatty():
+        print(f"{what}; Ctrl-D ends.", file=sys.stderr)
 
 
 def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
@@ -862,6 +918,15 @@ def _quiet(*_: object) -> None:
     pass
 
 
+def _say(text: str) -> None:
+    """Print what a long work has to say; it goes on where nobody listens any more (`| head -1`)."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        streams.forget_output()
+        print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
+
+
 # --- Progress ---------------------------------------------------------------------------------
 
 
@@ -882,7 +947,8 @@ class _Quiet(training.Silent):
 class _Lines(_Quiet):
     """A line for each evaluation: for logs and pipes."""
 
-    last: dict[str, float]
+    def __init__(self):
+        self.last = {"loss": math.nan, "tokens_per_second": math.nan}  # before the first step
 
     def step(self, entry):
         self.last = entry
@@ -892,10 +958,9 @@ class _Lines(_Quiet):
         mark = "  (best so far)" if is_best else ""
         if n := entry.get("averaged"):
             mark = f"  (the last {n} weights averaged){mark}"
-        print(
+        _say(
             f"   step {entry['step']:>6}  {entry['seconds']:6.0f} s  loss {self.last['loss']:.3f}  "
-            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}",
-            flush=True,
+            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}"
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from npformer import checkpoint, storage
 from npformer.checkpoint import CONFIG, MODEL, CheckpointError
+from npformer.options import shown
 
 RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
 LOSS, CERTIFICATE = "loss.png", "certificate.json"
@@ -73,13 +74,38 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     found = checkpoint.load_json(Path(folder) / RUN)
     if not (_is_run(found) or _is_export(found)):
         raise CheckpointError(f"{Path(folder) / RUN}: does not say what was trained")
+    compiled, plan = found.get("compile"), found.get("plan", {})
+    for name, is_right in (
+        ("task", isinstance(found["task"], str)),
+        ("backend", found["backend"] in ("numpy", "torch")),
+        ("seed", _is_integer(found["seed"], 0)),
+        ("config", isinstance(found.get("config", ""), str)),
+        ("recipe", isinstance(found["recipe"], dict)),
+        ("threads", found.get("threads") is None or _is_integer(found["threads"], 1)),
+        ("precision", found.get("precision") in (None, "float32", "bfloat16")),
+        ("compile", compiled is None or isinstance(compiled, bool)),
+        ("plan", isinstance(plan, dict) and all(map(_is_limit, plan.values()))),
+    ):
+        if not is_right:
+            said = shown(found[name])
+            raise CheckpointError(f"{Path(folder) / RUN}: {name} cannot be {said}")
     return found
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_limit(value: Any) -> bool:
+    """Of minutes, patience, a score: none, or a number."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def is_demo(folder: str | Path) -> bool:
     """A run by `npformer demo`, which may be typed twice."""
     with suppress(CheckpointError):
-        return load_run(folder).get("kind") == "demo"
+        about = load_run(folder)
+        return about.get("kind", about.get("preset")) == "demo"  # the first version had no kind
     return False
 
 

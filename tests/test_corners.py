@@ -11,7 +11,7 @@ import pytest
 
 from npformer import allocator, checkpoint, compare, plot, presets, tasks, training
 from npformer.testing import __main__ as kit
-from npformer.testing import cases, conformance, exchange, gradcheck, judge, reference, variants
+from npformer.testing import cases, conformance, gradcheck, judge, reference, variants
 from npformer.testing import worker as workers
 
 # --- Training ---------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ def run(folder, **options):
 def test_the_schedule_ends_where_the_time_does(tmp_path):
     endless = {"steps": 10**9, "evaluate_every": 10**6}
     outcome = run(tmp_path / "a", minutes=0.01, recipe=endless)
-    assert outcome.ended == "done"
+    assert outcome.ended == "time"
     last = outcome.progress.history["steps"][-1]
     assert last["step"] == last["total"] < 10**4
     assert run(tmp_path / "b", minutes=1e-9, recipe=endless).ended == "time"
@@ -72,6 +72,30 @@ def test_a_second_ctrl_c_does_not_wait():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_who_handles_ctrl_c_already_goes_on_to():
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    for theirs in (lambda *_: seen.append("theirs"), signal.SIG_IGN):
+        signal.signal(signal.SIGINT, theirs)
+        try:
+            with training._graceful_interrupt() as interrupted:
+                signal.raise_signal(signal.SIGINT)
+                assert interrupted() == (theirs is not signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGINT) is theirs
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert seen == ["theirs"]
+
+
+def test_who_takes_ctrl_c_over_during_training_keeps_it():
+    theirs, before = (lambda *_: None), signal.getsignal(signal.SIGINT)
+    try:
+        with training._graceful_interrupt():
+            signal.signal(signal.SIGINT, theirs)
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_outside_the_main_thread_signals_are_somebody_elses():
     seen = []
 
@@ -103,6 +127,13 @@ def test_an_average_of_less_than_nothing_is_refused():
 
 
 def test_without_glibc_or_matplotlib_there_is_less_and_nothing_breaks(monkeypatch, tmp_path):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # somebody has decided
+    monkeypatch.setattr(allocator.ctypes, "CDLL", None)
+    assert allocator.keep_freed_memory() is False
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    assert allocator.keep_freed_memory() is False
+    monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("musl", "1.2"))
     assert allocator.keep_freed_memory() is False
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError
@@ -159,7 +190,7 @@ def test_what_cannot_be_an_array_is_named():
 
 def test_a_case_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        exchange._tensors(tmp_path / "nothing.safetensors")
+        checkpoint.load_tensors(tmp_path / "nothing.safetensors")
 
 
 def test_the_reference_without_a_gradient_to_start_from():

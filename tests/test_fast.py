@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,7 @@ def test_a_decoder_only_model_continues_a_prompt(data, P, n_tokens, seed):
     config = data.draw(configs(encoder=False, tgt_pad_id=0, share_embeddings=False))
     twin = to_torch(make_model(config, seed)).eval()
     rng = np.random.default_rng(seed)
-    prompt = torch.tensor(rng.integers(0, config.tgt_vocab_size, (3, P)))  # pads among them
-    prompt[:, 0] = 1
+    prompt = torch.tensor(rng.integers(1, config.tgt_vocab_size, (3, P)))
     tokens = fast.continued(twin, prompt, n_tokens, never=[0])
     read = prompt
     for i in range(n_tokens):  # by the definition: everything again for each token
@@ -99,7 +99,7 @@ def test_whether_packing_pays_is_tried_once(slow, monkeypatch):
     monkeypatch.setattr(fast.StaticDecoder, "step", counted)
     monkeypatch.setattr(fast, "_PAYS", {})
     for _ in range(2):
-        fast.greedy(twin, src, max_len=19, eos_id=0)
+        fast.greedy(twin, src, max_len=19, eos_id=None)
     assert list(fast._PAYS.values()) == [not slow]
     assert steps == 3 * [False, True] + 36 * [not slow]
     assert not fast.packing_pays(twin.double(), twin.start(src), torch.tensor([1]))
@@ -114,7 +114,7 @@ def test_the_compiled_step_is_the_step(seed):
     with torch.no_grad():
         logits, cache = twin.step(torch.full((2, 1), 1), twin.start(src))
         decoder = fast.StaticDecoder(twin, cache, 5, [0, 1])
-        token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)
+        token = decoder.choose(logits[:, -1], decoder.position - 1)
         traced = torch.compile(decoder.step, fullgraph=True, backend="eager", dynamic=False)
         again = traced(token, decoder.position, None)
         assert torch.equal(decoder.step(token, decoder.position, None), again)
@@ -141,7 +141,7 @@ def test_a_recorded_step_decodes_the_same_tokens(monkeypatch):
         anything = torch.tensor([8, 8])  # the tokens are there from the first call on
         return fast.Recorded(step, anything, step.__self__.position)
 
-    twin = to_torch(make_model(replace(CONFIG, max_len=20), 5)).eval()
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 6)).eval()
     src, prompt = torch.tensor([[3, 4, 5], [6, 7, 0]]), torch.full((2, 1), 1)
     expected = fast.continued(twin, prompt, 12, src=src, compiled=False)
     assert len(expected.unique()) > 2  # not one token for ever
@@ -176,6 +176,50 @@ def test_one_graph_a_token_decodes_the_same_tokens():
     for S in (3, 4, 5):
         src = torch.tensor(np.random.default_rng(S).integers(3, 9, (2, S))).cuda()
         assert fast.greedy(twin, src, max_len=19) == decoding.greedy(twin, src, max_len=19)
+
+
+def test_an_empty_batch_has_no_answers():
+    twin, none = to_torch(make_model(CONFIG, 0)).eval(), torch.ones((0, 3), dtype=torch.long)
+    assert fast.greedy(twin, none, max_len=4) == []
+    assert fast.continued(twin, none, 3, src=none).shape == (0, 3)
+
+
+ALONE = replace(CONFIG, n_encoder_layers=0, max_len=9)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[[1, 3, 4], [1, 5, 0]], [[1, 3, 4], [0, 1, 5]], [[0, 0, 4]], [[1, 0, 4]]]
+)
+def test_prompts_of_different_lengths_are_refused(prompt):
+    """On either side: the next token came after the pads, and the positions counted them."""
+    twin = to_torch(make_model(ALONE, 0)).eval()
+    with pytest.raises(ValueError, match=r"prompt has pads .* continue those of one length"):
+        fast.continued(twin, torch.tensor(prompt), 3)
+
+
+def test_a_pad_that_is_chosen_would_not_be_attended_to_so_none_is():
+    model: Any = make_model(ALONE, 0)
+    model.head.bias.data[0] = 100
+    twin = to_torch(model).eval()
+    assert not (fast.continued(twin, torch.tensor([[1, 3]]), 5) == 0).any()
+    assert (fast.continued(twin, torch.tensor([[1, 3]]), 5, eos_id=[5, 0])[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("ends", [6, [5, 6], (6, 5), [5, 0], [1], 0])
+def test_one_end_or_several(ends):
+    """Each of them ends an answer, the pad and the start among them, and no other token does."""
+    model: Any = make_model(replace(CONFIG, max_len=12, positions="learned"), 0)
+    for table in (model.src_positions, model.tgt_positions):  # so that one token follows another
+        table.weight.data *= 2
+    twin = to_torch(model).eval()
+    src = torch.tensor(np.random.default_rng(0).integers(3, 9, (12, 4)))
+    options = {"max_len": 10, "eos_id": ends}
+    answers = fast.greedy(twin, src, **options)
+    assert answers == decoding.greedy(twin, src, **options)
+    assert answers == npformer.greedy(model, src.numpy(), **options)
+    lengths = [len(answer) for answer in answers]
+    assert len({*lengths}) > 1  # some end, and not all at once
+    assert not {token for answer in answers for token in answer} & {*np.atleast_1d(ends)}
 
 
 def test_refuses():

@@ -17,29 +17,32 @@ TWINS = [name for name in TWINS if name not in ("__init__", "tracing")]  # a tra
 # What each file of the model may import of ours.  What is not listed stands above the model: the
 # loop, the tasks, the commands.
 LEAVES: set[str] = set()
-WIRING = {"ops", "module", "layers", "cache", "attention", "feedforward"}
+WIRING = {"options", "ops", "module", "layers", "cache", "attention", "feedforward"}
 MAY_IMPORT = {
-    "config": LEAVES,
-    "ops": LEAVES,
-    "masks": LEAVES,
+    "options": LEAVES,
+    "config": {"options"},
+    "ops": {"options"},
+    "masks": {"options"},
     "compare": LEAVES,
-    "schedules": LEAVES,
+    "schedules": {"options"},
     "allocator": LEAVES,
-    "answers": LEAVES,
+    "arguments": LEAVES,
+    "streams": {"arguments"},
+    "answers": {"options"},
     "cache": {"ops"},
     "module": {"ops", "checkpoint"},
-    "layers": {"ops", "module"},
-    "positional": {"ops", "module"},
-    "attention": {"ops", "module", "layers", "cache"},
-    "feedforward": {"ops", "module", "layers"},
+    "layers": {"ops", "module", "options"},
+    "positional": {"ops", "module", "options"},
+    "attention": {"ops", "module", "layers", "cache", "options"},
+    "feedforward": {"ops", "module", "layers", "options"},
     "encoder": WIRING,
     "decoder": WIRING,
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
     "storage": LEAVES,
     "checkpoint": {"config", "storage"},
-    "optim": {"ops", "module", "schedules"},
-    "decoding": {"ops", "transformer", "cache", "answers"},
-    "parallel": {"ops", "transformer"},
+    "optim": {"ops", "module", "options", "schedules"},
+    "decoding": {"ops", "options", "transformer", "cache", "answers"},
+    "parallel": {"ops", "options", "transformer"},
 }
 HEAVY = ("torch", "rich", "matplotlib", "hypothesis", "safetensors", "torchformer")
 
@@ -79,9 +82,10 @@ def test_a_file_of_the_model_imports_only_what_is_below_it(name):
     assert ours(NPFORMER / f"{name}.py", "npformer") <= MAY_IMPORT[name]
 
 
-def test_ops_imports_numpy_and_nothing_else():
-    outside = {name.split(".")[0] for name in imports(NPFORMER / "ops.py")}
-    assert outside - set(sys.stdlib_module_names) == {"numpy"}
+def test_ops_imports_numpy_and_what_an_option_is():
+    for name, known in (("ops", {"numpy", "npformer"}), ("options", set())):
+        outside = {name.split(".")[0] for name in imports(NPFORMER / f"{name}.py")}
+        assert outside - set(sys.stdlib_module_names) == known, name
 
 
 MAY_KNOW_TORCH = {"cli.py", "testing", "trace.py", "export.py"}
@@ -129,7 +133,8 @@ def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
-    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers", "storage"}
+    shared = {"config", "options", "compare", "schedules", "allocator", "checkpoint", "answers"}
+    shared |= {"arguments", "storage", "streams"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 
@@ -186,6 +191,40 @@ def test_every_file_and_everything_public_in_it_says_what_it_is(path):
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+# --- Files and streams ------------------------------------------------------------------------
+
+
+PROGRAMS = [*EVERYTHING, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").rglob("*.py")]
+
+
+def test_no_text_is_read_or_written_in_an_encoding_of_the_locale():
+    for path in PROGRAMS:
+        for call in calls(path):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            where, _, name = ast.unparse(call.func).rpartition(".")
+            mode = options.get("mode", ast.unparse(call.args[1]) if len(call.args) > 1 else "")
+            is_open = name == "fdopen" or (name == "open" and where in ("", "io"))
+            asks = where == "subprocess" and {"text", "universal_newlines"} & {*options}
+            if asks or (is_open and "b" not in mode) or name in ("read_text", "write_text"):
+                assert "encoding" in options, f"{path}:{call.lineno}: {ast.unparse(call)}"
+
+
+def test_every_program_parses_its_arguments_where_its_streams_are_set():
+    """And its errors told: in streams.program."""
+    found = {
+        path.name
+        for path in PROGRAMS
+        for call in calls(path)
+        if ast.unparse(call.func).endswith(".parse_args")
+    }
+    assert found == {"streams.py", "memory.py"}  # the benchmark asks itself for one case
+
+
+def calls(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 @pytest.mark.parametrize("name", ["ops", "masks", "attention", "optim", "decoding", "schedules"])

@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npformer.answers import check_decoding, check_max_len
+from npformer import answers
+from npformer.answers import Ids
+from npformer.options import integer
 from torchformer.cache import Cache, around
 from torchformer.transformer import Transformer
 
@@ -36,7 +38,7 @@ def greedy(
     *,
     max_len: int,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
     look_every: int = 8,
     compiled: bool | None = None,
 ) -> list[list[int]]:
@@ -45,19 +47,10 @@ def greedy(
     look_every   tokens between two looks whether everybody has ended: each look is a wait
     compiled     torch.compile the step, and record it as a CUDA graph; by default on CUDA
     """
-    check_decoding(model, max_len)
+    max_len, sos_id, ends, never = answers.check_decoding(model, max_len, sos_id, eos_id)
     prompt = torch.full((len(src), 1), sos_id, device=src.device)
-    chosen = continued(
-        model,
-        prompt,
-        max_len,
-        src=src,
-        never=[model.config.tgt_pad_id, sos_id],
-        eos_id=eos_id,
-        look_every=look_every,
-        compiled=compiled,
-    )
-    return [up_to(row, eos_id) for row in chosen.tolist()]
+    chosen = _continued(model, prompt, max_len, src, never, ends, look_every, compiled)
+    return [up_to(row, ends) for row in chosen.tolist()]
 
 
 @torch.no_grad()
@@ -68,7 +61,7 @@ def continued(
     *,
     src: Tensor | None = None,
     never: list[int] | None = None,
-    eos_id: int | None = None,
+    eos_id: Ids = None,
     look_every: int = 8,
     compiled: bool | None = None,
 ) -> Tensor:
@@ -76,17 +69,48 @@ def continued(
 
     prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B, n_tokens)
 
-    never    tokens that are not chosen
-    eos_id   once every sample has chosen it, the rest is left as `eos_id`; None: nobody ends
+    never    tokens that are not chosen; nor is the pad, unless it is an `eos_id`
+    eos_id   once every sample has chosen it, or one of several, the rest is left as it, or the
+             first of them; None: nobody ends
+
+    Raises ValueError for a pad in the prompt: prompts of one length are continued together, those
+    of another in another call.
     """
-    check_max_len(prompt.shape[1] + n_tokens - 1, model.config.max_len)
+    V, pad_id = model.config.tgt_vocab_size, model.config.tgt_pad_id
+    ends = answers.end_ids(eos_id, V)
+    pads = [] if pad_id in ends else [pad_id]  # a pad is not attended to, and here all are
+    never = answers.never_ids([*(never or []), *pads], ends, V)
+    model._check_ids("prompt", "(B, P)", prompt)
+    if bool((prompt == pad_id).any()):
+        raise ValueError(
+            f"prompt has pads (tgt_pad_id = {pad_id}), so its rows differ in length, and would not "
+            "be continued as each is alone: continue those of one length together, without pads"
+        )
+    return _continued(model, prompt, n_tokens, src, never, ends, look_every, compiled)
+
+
+def _continued(
+    model: Transformer,
+    prompt: Tensor,
+    n_tokens: int,
+    src: Tensor | None,
+    never: list[int],
+    ends: list[int],
+    look_every: int,
+    compiled: bool | None,
+) -> Tensor:
     B, P = prompt.shape
+    n_tokens, look_every = integer("n_tokens", n_tokens, 1), integer("look_every", look_every, 1)
+    answers.check_max_len(P + n_tokens - 1, model.config.max_len)
+    if B == 0:
+        return prompt.new_empty((0, n_tokens))
     logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
     is_compiled = prompt.is_cuda if compiled is None else compiled
     is_packed = not is_compiled and n_tokens >= 16 and packing_pays(model, cache, prompt[:, -1])
-    decoder = StaticDecoder(model, cache, P + n_tokens, never or [], is_packed)
-    tokens = torch.full((B, n_tokens), 0 if eos_id is None else eos_id, device=prompt.device)
-    token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)  # (B,)
+    decoder = StaticDecoder(model, cache, P + n_tokens, never, is_packed)
+    tokens = torch.full((B, n_tokens), ends[0] if ends else 0, device=prompt.device)
+    end_tokens = torch.tensor(ends, dtype=tokens.dtype, device=prompt.device)
+    token = decoder.choose(logits[:, -1], decoder.position - 1)  # (B,)
     # Not fullgraph, nor one shape only: past dynamo's limit of shapes a step runs as it is written
     step: Step = torch.compile(decoder.step) if is_compiled else decoder.step
     if is_compiled and prompt.is_cuda:
@@ -95,13 +119,17 @@ def continued(
         tokens[:, i] = token
         if i + 1 == n_tokens:
             break
-        is_look = eos_id is not None and i % look_every == look_every - 1
-        if is_look and (tokens[:, : i + 1] == eos_id).any(dim=1).all():
+        is_look = ends and i % look_every == look_every - 1
+        if is_look and torch.isin(tokens[:, : i + 1], end_tokens).any(dim=1).all():
             break
         # One graph needs one shape: all of the room.  Without, what is not there yet is left out
         n_seen = None if is_compiled else P + i + 1
         token = step(token, decoder.position, n_seen)
         decoder.position += 1
+    not_finite = (~decoder.top.T.isfinite()).nonzero().tolist()  # the earliest position first
+    if not_finite:
+        at, sample = not_finite[0]
+        raise answers.not_finite([float(decoder.top[sample, at])], [sample], at - P + 2)
     return tokens
 
 
@@ -138,8 +166,9 @@ def record(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, result
 
 
-def up_to(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+def up_to(tokens: list[int], ends: list[int]) -> list[int]:
+    places = (i for i, token in enumerate(tokens) if token in ends)
+    return tokens[: next(places, None)]
 
 
 class StaticDecoder:
@@ -154,15 +183,17 @@ class StaticDecoder:
         self, model: Transformer, cache: Cache, room: int, never: list[int], packed: bool = False
     ):
         device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
+        assert cache.tgt_mask is not None  # the prompt has been read
         self.model, self.room, self.packed = model, room, packed
         self.position = torch.tensor([cache.length], device=device)  # of the next token
-        self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=dtype, device=device)
-        self.forbidden[never] = -torch.inf
+        self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=torch.bool, device=device)
+        self.forbidden[never] = True
+        # The logit of the token chosen at each position: NaN if any was   (B, room)
+        self.top = torch.zeros((len(cache.tgt_mask), room), dtype=dtype, device=device)
         positions: Any = model.tgt_positions
         table = positions.table if hasattr(positions, "table") else positions.weight
         self.positions = table[:room].to(dtype)  # (room, C)
         # A pad in the prompt stays masked; what is decoded here is attended to
-        assert cache.tgt_mask is not None  # the prompt has been read
         B, self.has_pads = len(cache.tgt_mask), not bool(cache.tgt_mask.all())
         self.known = torch.ones((B, 1, 1, room), dtype=torch.bool, device=device)
         self.known[..., : cache.length] = cache.tgt_mask
@@ -193,7 +224,13 @@ class StaticDecoder:
         for layer in self.layers:
             x = layer.step(x, position, n_seen, visible, self.memory_open, self.has_memory)
         y = model.decoder.norm(x) if model.decoder.norm else x
-        return (self.head(y) + self.forbidden).argmax(dim=-1)
+        return self.choose(self.head(y), position)
+
+    def choose(self, logits: Tensor, position: Tensor) -> Tensor:
+        """logits (B, V) of what comes after `position` (1,)   ->   the most likely token (B,)"""
+        top, token = logits.masked_fill(self.forbidden, -torch.inf).max(dim=-1)
+        self.top.index_copy_(1, position, top[:, None])
+        return token
 
 
 class StaticLayer:

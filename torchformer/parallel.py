@@ -13,7 +13,6 @@ the number of target tokens of all ranks together.
 
 import argparse
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,7 +36,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from npformer import arguments, checkpoint, presets, runs, tasks, training
+from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.arguments import SEEDS, STEPS, whole_number
 from npformer.tasks import PAD, Batch
 from torchformer.shards import load, save
@@ -195,15 +194,18 @@ def full_weights(model: nn.Module) -> dict[str, np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: trained;  2: what was asked for cannot be done, said in one line."""
-    options = _parser().parse_args(arguments)
-    # FSDP is anxious for outputs that are views, should one write into them: here nobody does
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    try:
-        with group(options.device) as mesh, _folder(options) as folder:
-            _train(options, mesh, folder)
-    except (ValueError, OSError) as error:
-        print(f"torchformer.training: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return streams.program(_parser(), arguments, _run, ValueError)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with (
+        warnings.catch_warnings(),
+        group(options.device) as mesh,
+        _folder(options) as folder,
+    ):
+        # FSDP is anxious for outputs that are views, should one write into them: here nobody does
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        _train(options, mesh, folder)
     return 0
 
 

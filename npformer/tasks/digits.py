@@ -90,7 +90,7 @@ class Digits(Task):
 
     def parse(self, text: str) -> list[int]:
         ids = self.src_vocabulary.encode(text.replace(" ", "").replace(",", "").strip())
-        return self._check_length(ids, "digits, such as 312")
+        return self._check_length(ids, text, "digits, such as 312")
 
     def format(self, ids: Iterable[int]) -> str:
         return "".join(self.tgt_vocabulary.decode(ids))

@@ -26,7 +26,7 @@ from importlib import resources
 
 import numpy as np
 
-from npformer.tasks.task import Batch, Example, Task, Vocabulary, fold, make_batch
+from npformer.tasks.task import Batch, Example, Task, Vocabulary, fold, make_batch, shown
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PHONES = (  # noqa: SIM905
@@ -152,10 +152,16 @@ class G2P(Task):
         }
 
     def parse(self, text: str) -> list[int]:
-        word = text.strip().lower()
+        return self.spelled(text.strip().lower(), text)
+
+    def spelled(self, word: str, typed: str) -> list[int]:
+        """The ids of a word.  What was `typed` is what a message shows."""
         if odd := next((c for c in word if c not in LETTERS), None):
-            raise ValueError(f"{shown(text)} has {odd!r}: a word is letters a-z and apostrophes")
-        return self._check_length(self.src_vocabulary.encode(word), "a word, such as hypothesis")
+            raise ValueError(f"{shown(typed)} has {odd!r}: a word is letters a-z and apostrophes")
+        if word and not word.strip("'"):
+            raise ValueError(f"{shown(typed)} has no letter: a word is letters a-z and apostrophes")
+        ids = self.src_vocabulary.encode(word)
+        return self._check_length(ids, typed, "a word, such as hypothesis")
 
     def format(self, ids: Iterable[int]) -> str:
         return " ".join(self.tgt_vocabulary.decode(ids))
@@ -169,12 +175,6 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
         for j, y in enumerate(b, 1):
             above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (x != y))
     return row[-1]
-
-
-def shown(text: str) -> str:
-    """The text in a message: quoted, in one line, and not all of it if it is long."""
-    text = text.strip()
-    return repr(text if len(text) <= 40 else f"{text[:36]} ...")
 
 
 def make(name: str) -> G2P:

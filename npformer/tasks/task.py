@@ -126,9 +126,18 @@ class Task:
             return True
         return score < best if self.lower_is_better else score > best
 
-    def _check_length(self, ids: list[int], what: str) -> list[int]:
+    def _check_length(self, ids: list[int], text: str, what: str) -> list[int]:
+        """`text` is what was typed, `what` is expected."""
         if not ids:
-            raise ValueError(f"empty input: expected {what}")
+            raise ValueError(f"{shown(text)} is empty input: expected {what}")
         if len(ids) > self.max_src_len:
-            raise ValueError(f"{len(ids)} tokens are too many: at most {self.max_src_len}")
+            raise ValueError(
+                f"{shown(text)}: {len(ids)} tokens are too many: at most {self.max_src_len}"
+            )
         return ids
+
+
+def shown(text: str) -> str:
+    """The text in a message: quoted, in one line, and not all of it if it is long."""
+    text = text.strip()
+    return repr(text if len(text) <= 40 else f"{text[:36]} ...")
