@@ -81,7 +81,7 @@ def once(target, good, folder, seed, i):
     lines = [line for line in err.splitlines() if not LINE.search(line)]
     if problem:
         pass
-    elif code not in (0, 1, 2):
+    elif code not in (0, 1, 2, 130):
         problem = f"exit code {code}"
     elif code == 2 and not err.strip():
         problem = "refused without a word"

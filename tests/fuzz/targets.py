@@ -62,8 +62,17 @@ def hurry():
     run = training.run
 
     def short(trainer, task, folder, *, recipe, **options):
-        steps = 6 if options.get("resume") else 1
-        recipe = replace(recipe, steps=min(recipe.steps, steps), dev_examples=2)
+        if not options.get("resume"):  # else it is to be as it was
+            recipe = replace(recipe, steps=1, dev_examples=2)
+        left, step = [12], trainer.step
+
+        def few_steps(*arguments):
+            left[0] -= 1
+            if left[0] < 0:  # it was asked to go on for longer than we have
+                raise KeyboardInterrupt
+            return step(*arguments)
+
+        trainer.step = few_steps
         return run(trainer, task, folder, recipe=recipe, **options, test_examples=2)
 
     training.run = short
