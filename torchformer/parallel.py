@@ -223,7 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     add("task", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
     add("--parallel", choices=ENGINES, default="ddp", help="what is spread (ddp)")
     add("--preset", default="default", help="model and recipe (default)")
-    add("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    add(
+        "--config",
+        type=arguments.path,
+        metavar="FILE.toml",
+        help="tables [model], [recipe] to change",
+    )
     add("--steps", type=whole_number(1, STEPS), help="instead of the recipe's")
     add("--seed", type=whole_number(0, SEEDS - 2**20), default=0)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
