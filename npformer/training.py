@@ -480,7 +480,7 @@ class _Run:
             return progress
 
     def _check_others(self, progress: Progress) -> None:
-        """What the run reads again only when it ends: the best weights, and those to be averaged."""
+        """What the run reads again only when it ends: the best weights and those to average."""
         expected = {name: x.shape for name, x in self.trainer.weights().items()}
         if progress.best is not None:
             config, best = checkpoint.load(self.folder)
