@@ -59,13 +59,14 @@ def write_page(
 
     Raises CheckpointError if the file cannot be written.
     """
+    src, tgt, source, target = list(src), list(tgt), list(source), list(target)
     blocks: dict[str, int] = {}  # the values, each once: many a tensor is another under a new name
     axes = axes_of(seen)
     content = {
         "about": about,
         "tokens": {
-            "source": list(source),
-            "target": list(target),
+            "source": source,
+            "target": target,
             "source vocabulary": list(vocabularies[0]),
             "target vocabulary": list(vocabularies[1]),
         },
