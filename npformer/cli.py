@@ -16,7 +16,7 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
+from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
     )
-    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument(
+        "--out", type=path, default="runs/demo", help="folder to save to (default runs/demo)"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -89,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
-    train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    train.add_argument(
+        "--config", type=path, metavar="FILE.toml", help="tables [model], [recipe] to change"
+    )
     train.add_argument(
         "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
     )
@@ -113,9 +117,12 @@ def parser() -> argparse.ArgumentParser:
         help="for --backend torch: launch each step as one CUDA graph, which small models need; it "
         "holds the memory of a step for each of some lengths (default: on CUDA)",
     )
-    train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
+    train.add_argument(
+        "--out", type=path, metavar="DIR", help="folder to save to (default runs/TASK)"
+    )
     train.add_argument(
         "--resume",
+        type=path,
         metavar="DIR",
         help="go on with the run in this folder, for as long as it was to go on; --steps, "
         "--minutes and --patience say otherwise",
@@ -201,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
         help="width of the search (5); 1: greedy",
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
-    add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
+    add("--weights", type=path, metavar="DIR", help="a model of your own, by `npformer train g2p`")
     add(
         "--stress",
         action="store_true",
@@ -214,7 +221,12 @@ def parser() -> argparse.ArgumentParser:
         help="in the letters of the IPA.  Of words from the model in this package, which knows no "
         "stress, which vowels are ə or ɚ is a guess",
     )
-    add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
+    add(
+        "--plot",
+        type=path,
+        metavar="FILE.png",
+        help="draw which letters each sound of the word comes from",
+    )
     add(
         "--json",
         action="store_true",
@@ -232,7 +244,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
+    trace.add_argument(
+        "--out", type=path, metavar="TRACE", help="save it there, for `npformer diff`"
+    )
     trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
     trace.set_defaults(run=run_trace)
 
@@ -257,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    attention.add_argument("--out", default="attention.png", metavar="FILE.png")
+    attention.add_argument("--out", type=path, default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
     explain = commands.add_parser(
@@ -270,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    explain.add_argument("--out", default="page.html", metavar="PAGE.html")
+    explain.add_argument("--out", type=path, default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
     mask = commands.add_parser(
@@ -289,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument(
         "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
     )
-    mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
+    mask.add_argument("--file", type=path, metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
     embeddings = commands.add_parser(
@@ -299,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
         "of each pair), and the tokens in the plane that shows most of their spread.",
     )
     embeddings.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    embeddings.add_argument("--out", default="embeddings.png", metavar="FILE.png")
+    embeddings.add_argument("--out", type=path, default="embeddings.png", metavar="FILE.png")
     embeddings.set_defaults(run=run_embeddings)
 
     for command in (demo, train, check, predict, export):
