@@ -107,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--compile", action="store_true", help="for --backend torch: torch.compile each layer"
     )
+    train.add_argument(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        help="for --backend torch: launch each step as one CUDA graph, which small models need; it "
+        "holds the memory of a step for each of some lengths (default: on CUDA)",
+    )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
     train.add_argument(
         "--resume",
@@ -404,7 +410,8 @@ def run_train(options: argparse.Namespace) -> int:
         about = {"kind": "train", "preset": options.preset or "default", "config": config.to_json()}
         about |= {"backend": options.backend or "numpy", "seed": options.seed or 0}
         about |= {"threads": options.threads, "precision": options.precision or "float32"}
-        about |= {"compile": options.compile, "plan": {"minutes": None, "patience": None}}
+        about |= {"compile": options.compile, "capture": options.capture}
+        about |= {"plan": {"minutes": None, "patience": None}}
     plan, seed = about["plan"], about["seed"]
     if options.steps or options.minutes:  # else as the run began
         plan["minutes"] = options.minutes
@@ -413,7 +420,7 @@ def run_train(options: argparse.Namespace) -> int:
         plan["patience"] = options.patience
     arguments.check_room("to train this model", presets.bytes_to_train(task, config, recipe))
     keep_freed_memory()
-    engine = (options.device, about["precision"], about["compile"])
+    engine = (options.device, about["precision"], about["compile"], about["capture"])
     with runs.locked(folder):
         if not options.resume:
             runs.claim(folder, "run", options.overwrite, f"--resume {folder}, ")
@@ -465,7 +472,7 @@ def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
     `plan` is how long it was to go on; what the command line says of that comes first.
     """
     folder = Path(options.resume)
-    earlier = {"threads": None, "precision": "float32", "compile": False}
+    earlier = {"threads": None, "precision": "float32", "compile": False, "capture": None}
     about = earlier | {"plan": {}} | training.load_run(folder)  # of an earlier version
     plan = about["plan"] = {"minutes": None, "patience": None} | about["plan"]
     has_end = about["recipe"].get("steps") != NO_LIMIT or plan["minutes"]
@@ -476,6 +483,8 @@ def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"the run in {folder} has {name} {about[name]}")
     if options.compile and not about["compile"]:
         raise ValueError(f"the run in {folder} is not compiled")
+    if options.capture not in (None, about["capture"]):
+        raise ValueError("--resume goes on as it began: no --capture, no --no-capture")
     if options.preset or options.config or options.out or options.overwrite:
         raise ValueError("--resume goes on as it began: no --preset, --config, --out, --overwrite")
     return about
@@ -859,10 +868,10 @@ def _invite(what: str) -> None:
 
 
 def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
-    device, precision, compiled = engine
+    device, precision, compiled, captured = engine
     if backend == "numpy":
-        if precision != "float32" or compiled:
-            raise ValueError("--precision and --compile need --backend torch")
+        if precision != "float32" or compiled or captured is not None:
+            raise ValueError("--precision, --compile and --capture need --backend torch")
         if device == "cuda":
             raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
         try:
@@ -880,7 +889,7 @@ def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engin
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads:
         torch.set_num_threads(threads)
-    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled)
+    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled, captured)
 
 
 def _need_torch(what: str) -> None:

@@ -297,12 +297,9 @@ class Watcher:
 
 def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
     yield id(module), prefix.rstrip(".")
-    for name, value in vars(module).items():
-        parts = value if isinstance(value, list) else [value]
-        for i, part in enumerate(parts):
-            if isinstance(part, Module):
-                inner = f"{prefix}{name}.{i}." if isinstance(value, list) else f"{prefix}{name}."
-                yield from _paths(part, inner)
+    for name, part in module.named_parts():
+        if isinstance(part, Module):
+            yield from _paths(part, f"{prefix}{name}.")
 
 
 def codes_of(package: str, files: tuple[str, ...]) -> frozenset[CodeType]:

@@ -181,7 +181,7 @@ def test_a_run_of_another_version_is_refused(tmp_path):
 
 
 def test_an_average_of_less_than_nothing_is_refused():
-    with pytest.raises(ValueError, match="average must be an integer of at least 0, got -1"):
+    with pytest.raises(ValueError, match="average must be at least 0, got -1"):
         training.Recipe(average=-1)
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -61,8 +62,9 @@ def rank_main(rank, world, port, folder, n_steps, connection):
 
 
 def train(engine, mesh, folder, n_steps):
-    """Steps from where the folder is; gradients and loss of the first, weights and norm after."""
+    """Steps from where the folder is; gradients, loss and norm of the first, weights after."""
     from torchformer import parallel
+    from torchformer.training import train_step
 
     spread = parallel.spread(to_torch(make_model(CONFIG, 0)), engine, mesh)
     parameters = dict(spread.named_parameters())
@@ -70,26 +72,28 @@ def train(engine, mesh, folder, n_steps):
     first = 1
     if folder.exists():
         first = 1 + parallel.load(folder, spread, optimizer)
-    gradients = {}
+    gradients, norms = {}, []
+
+    def clip_grad_norm(given, max_norm):
+        """Sees the gradients of a step as they are."""
+        if not gradients:
+            gradients.update(
+                {
+                    name.removeprefix("module."): parallel.whole(p.grad).numpy().copy()
+                    for name, p in parameters.items()
+                }
+            )
+        norms.append(float(parallel.clip_grad_norm(given, max_norm)))
+
     for step in range(first, first + n_steps):
         src, tgt = (torch.as_tensor(ids) for ids in parallel.part_of(batch_of(step), engine))
-        logits = spread(src, tgt[:, :-1])
-        loss = parallel.loss_of(logits, tgt[:, 1:], engine, 0, SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        if step == first:
-            gradients = {
-                name.removeprefix("module."): parallel.whole(p.grad).numpy().copy()
-                for name, p in parameters.items()
-            }
-            gradients["loss"] = np.array(parallel.mean_loss(loss, engine))
-        norm = parallel.clip_grad_norm(list(parameters.values()), CLIP)
-        optimizer.step()
-        if step == 1:
-            first_norm = float(norm)
+        n_targets = parallel.share_of_targets(tgt, engine)
+        how = {"clip": CLIP, "clip_grad_norm": clip_grad_norm, "label_smoothing": SMOOTHING}
+        loss = train_step(spread, (src, tgt), optimizer, n_targets, **how)
+        gradients.setdefault("loss", np.array(parallel.mean_loss(loss, engine)))
     parallel.save(folder, spread, optimizer, first + n_steps - 1)
     weights = parallel.full_weights(spread)
-    return gradients, weights, first_norm if first == 1 else float(norm)
+    return gradients, weights, norms[0]
 
 
 def started(main, world, *arguments):
@@ -289,6 +293,36 @@ def test_shards_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path, monk
             assert str(caught.value).startswith(str(folder)), what
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name]), name
+
+
+def test_on_the_second_of_two_nodes_a_rank_takes_a_device_of_its_own_node(monkeypatch):
+    """Ranks 0 to 3 on two machines of two devices: rank 3 is there number 1, and not 3."""
+    from torchformer import parallel
+
+    taken, wrapped = [], []
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(parallel.dist, name, lambda *_: None)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
+    mesh = SimpleNamespace(device_type="cuda", get_local_rank=lambda: 3)  # in the mesh, that is
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_: mesh)
+    monkeypatch.setattr(
+        parallel, "DistributedDataParallel", lambda model, device_ids: wrapped.append(device_ids)
+    )
+    with parallel.group("cuda") as group:
+        parallel.spread(torch.nn.Linear(1, 1), "ddp", group)
+    assert taken == [1]
+    assert wrapped == [[1]]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(ValueError, match="rank 2 of this node has no device, there are 2"),
+        parallel.group("cuda"),
+    ):
+        pass
 
 
 def torchrun(*arguments):

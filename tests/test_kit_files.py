@@ -198,7 +198,8 @@ def test_the_plugin_says_you_match_if_and_skips_what_is_not_there(project):
     assert "18 skipped" in done.stdout
 
 
-FEW = ["--npformer-level", "layer", "--npformer-examples", "1", "--deselect=test_theirs.py"]
+# In folders without a test: pytest puts that of every test on the path
+FEW = ["--npformer-level", "layer", "--npformer-examples", "1"]
 
 
 def write_adapter(path):
@@ -206,34 +207,34 @@ def write_adapter(path):
     path.write_text((TESTS / "adapters" / "readme.py").read_text())
 
 
-def test_the_plugin_finds_a_module_in_the_current_folder_as_the_command_does(project):
-    write_adapter(project / "my_module.py")
-    done = pytest_of(project, "--npformer-target", "my_module:adapter", *FEW)
+def test_the_plugin_finds_a_module_in_the_current_folder_as_the_command_does(tmp_path):
+    write_adapter(tmp_path / "my_module.py")
+    done = pytest_of(tmp_path, "--npformer-target", "my_module:adapter", *FEW)
     assert "1 failed, 6 skipped" in done.stdout, done.stdout + done.stderr
     command = [sys.executable, "-m", "npformer.testing", "--target", "my_module:adapter"]
-    done = run(*command, "--level", "layer", "--examples", "1", cwd=project, env=environment())
+    done = run(*command, "--level", "layer", "--examples", "1", cwd=tmp_path, env=environment())
     assert "1 of 1 cases differ, 6 skipped" in done.stdout, done.stderr
 
 
-def test_the_plugin_finds_a_module_that_the_settings_name(project):
+def test_the_plugin_finds_a_module_that_the_settings_name(tmp_path):
     """In a package beside them, from a folder below, and what it imports by their pythonpath."""
-    write_adapter(project / "src" / "theirs.py")
-    (project / "my_package").mkdir()
-    (project / "my_package" / "my_module.py").write_text("from theirs import adapter\n")
-    (project / "pytest.ini").write_text(
+    write_adapter(tmp_path / "src" / "theirs.py")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text("from theirs import adapter\n")
+    (tmp_path / "pytest.ini").write_text(
         "[pytest]\npythonpath = src\naddopts = --npformer-target my_package.my_module:adapter\n"
     )
-    (project / "below").mkdir()
-    done = pytest_of(project / "below", "..", *FEW)
+    (tmp_path / "below").mkdir()
+    done = pytest_of(tmp_path / "below", "..", *FEW)
     assert "1 failed, 6 skipped" in done.stdout, done.stdout + done.stderr
 
 
-def test_with_xdist_the_plugin_says_you_match_if_once_and_of_all_cases(project):
+def test_with_xdist_the_plugin_says_you_match_if_once_and_of_all_cases(tmp_path):
     """Each process has asked some of them only."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
-    write_adapter(project / "my_module.py")
+    write_adapter(tmp_path / "my_module.py")
     chosen = ["--npformer-target", "my_module:adapter", "--npformer-level", "layer"]
-    done = pytest_of(project, *chosen, "--npformer-examples", "4", "-k", "layer_norm", "-n", "2")
+    done = pytest_of(tmp_path, *chosen, "--npformer-examples", "4", "-k", "layer_norm", "-n", "2")
     assert "4 failed" in done.stdout
     assert set(re.findall(r"\[(gw\d)\] ", done.stdout)) == {"gw0", "gw1"}
     assert [line for line in done.stdout.splitlines() if "you match if" in line] == [
