@@ -1,0 +1,190 @@
+"""What is measured, section by section; see bench.py."""
+
+import time
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.gpu import kernels
+from benchmarks.gpu.bench import Bench, Rows
+from benchmarks.gpu.environment import environment
+from benchmarks.gpu.shapes import Setting, decoding_work, settings
+from benchmarks.gpu.steps import Step, contenders_a, full_batches, make_model, ragged_batches
+from benchmarks.gpu.timing import reason
+from torchformer import fast
+
+
+def probe(give: Any, device: str) -> tuple[Rows, Rows]:
+    """The environment, and the settings by name.  Raises ValueError for a device that is not."""
+    where = torch.device(device)
+    return environment(where), {name: asdict(s) for name, s in settings(where).items()}
+
+
+# --- Does it run at all? ----------------------------------------------------------------------
+
+
+def smoke(bench: Bench, seconds: float) -> Rows:
+    """Each thing that the other sections need, once and small: what fails, and how long it takes."""
+    rows: Rows = {}
+    small = settings(torch.device("cpu"))
+    graph = bench.clock.is_cuda
+
+    def train(name: str, **how: Any) -> str:
+        step = Step(small[name], bench.device, **how)
+        for _ in range(6):
+            step()
+        first, last = step.first_loss, step.update(*first_batch(step))
+        assert last < first, f"the loss does not fall: {float(first)}, {float(last)}"
+        return f"loss {float(first):.3f}, {float(last):.3f}"
+
+    def decode() -> str:
+        model = make_model(small["B"].config, bench.device).eval()
+        prompt = torch.full((2, 3), 3, device=bench.device)
+        tokens, expected = (fast.continued(model, prompt, 6, compiled=c) for c in (graph, False))
+        assert torch.equal(tokens, expected), "compiled, it decodes other tokens"
+        return "the same tokens"
+
+    def profiled(setting: Setting) -> list[Any]:
+        return kernels.profiled(Step(setting, bench.device, compiled=False))[1]
+
+    checks = {
+        "product": lambda: f"{float(torch.ones(8, 8, device=bench.device).sum()):.0f} of 64",
+        "eager step": partial(train, "A", compiled=False),
+        "compiled step": partial(train, "B"),
+        "decoding": decode,
+        "profiler": lambda: f"{len(profiled(small['B']))} kernels",
+    }
+    if graph:
+        checks["step as a graph"] = partial(train, "A", captured=True)
+    for name, check in checks.items():
+        started = time.monotonic()
+        try:
+            row = {"found": check()}
+        except Exception as error:
+            row = {"failed": reason(error)}
+            bench.clock.check_sound()
+        rows[name] = row | {"wall_seconds": time.monotonic() - started}
+        bench.give("smoke", rows)
+    return rows
+
+
+def first_batch(step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    src, tgt = (torch.tensor(ids, device=step.device) for ids in step.batches[0])
+    return src, tgt
+
+
+# --- The card ---------------------------------------------------------------------------------
+
+
+def ceilings(bench: Bench, seconds: float) -> Rows:
+    """What the card can do at best: products, copies, launches."""
+    n = 8192 if bench.clock.is_cuda else 256
+    found: Rows = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32)):
+        a, b = (torch.randn(n, n, device=bench.device, dtype=dtype) for _ in range(2))
+        # As a layer calls it: a CPU has a faster bf16 kernel for a transposed right side.
+        took = bench.clock.time(partial(F.linear, a, b), seconds / 6)["seconds"]
+        found[f"{name}_tflops"] = 2 * n**3 / took / 1e12
+    x = torch.empty(2**28 if bench.clock.is_cuda else 2**20, device=bench.device)
+    y = torch.empty_like(x)
+    took = bench.clock.time(lambda: y.copy_(x), seconds / 6)["seconds"]
+    found["copy_tb_per_s"] = 2 * x.nbytes / took / 1e12
+    tiny = torch.zeros(1, device=bench.device)
+    took = bench.clock.time(lambda: tiny.add_(1), seconds / 12)["seconds"]
+    found["launch_us"] = 1e6 * took
+    return found
+
+
+# --- Training ---------------------------------------------------------------------------------
+
+
+def training(name: str, bench: Bench, seconds: float) -> Rows:
+    """torchformer alone; and while it is compiled, what its time is spent on."""
+    step = Step(bench.settings[name], bench.device)
+    row = bench.training_row(step, bench.clock.time(step, seconds / 4)) | peak(bench)
+    bench.give(f"training {name}", row)
+    bench.give(f"breakdown {name}", breakdown(step))
+    return row
+
+
+training_b, training_c = partial(training, "B"), partial(training, "C")
+
+
+def peak(bench: Bench) -> Rows:
+    if not bench.clock.is_cuda:
+        return {}
+    return {"peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+
+def training_a(bench: Bench, seconds: float) -> Rows:
+    """torchformer beside torch.nn.Transformer: the same weights, batches and maths."""
+    batches = full_batches(bench.settings["A"])
+    steps = contenders_a(
+        bench.settings["A"], bench.device, {"torchformer": batches}, batches, masks=False
+    )
+    measured = bench.clock.compare(steps, seconds / 4)
+    rows = with_ratios({name: bench.training_row(steps[name], m) for name, m in measured.items()})
+    bench.give("training A", rows)
+    if "failed" not in rows["torchformer"]:
+        bench.give("breakdown A", breakdown(steps["torchformer"]))
+    return rows
+
+
+def training_a_ragged(bench: Bench, seconds: float) -> Rows:
+    """Pairs of many lengths: torchformer on batches of like length, the other on padded ones."""
+    setting = bench.settings["A"]
+    ours = {"torchformer": "by length", "torchformer, by tokens": "by tokens"}
+    steps = contenders_a(
+        setting,
+        bench.device,
+        {name: ragged_batches(setting, how) for name, how in ours.items()},
+        ragged_batches(setting, "padded"),
+        masks=True,
+    )
+    batches = steps["torchformer"].batches
+    n_real = sum(int((ids != 0).sum()) for b in batches for ids in (b.src, b.tgt_in))
+    calls = {name: step.all_batches for name, step in steps.items()}
+    rows = bench.clock.compare(calls, seconds / 3, warm_up=2)
+    for row in rows.values():
+        if "seconds" in row:
+            row["tokens_per_second"] = n_real / row["seconds"]
+    return with_ratios(rows)
+
+
+def with_ratios(rows: dict[str, Rows]) -> dict[str, Rows]:
+    """How many times as fast the best of ours is."""
+    speeds = {name: row.get("tokens_per_second", 0.0) for name, row in rows.items()}
+    ours = max(speed for name, speed in speeds.items() if name.startswith("torchformer"))
+    return {
+        name: row | {"ours_to_it": ours / speeds[name]} if speeds[name] and ours else row
+        for name, row in rows.items()
+    }
+
+
+def breakdown(step: Step) -> Rows:
+    shares, top = kernels.profiled(step)
+    return {"shares": shares, "kernels": top}
+
+
+def breakdown_of(name: str, bench: Bench, seconds: float) -> Rows:
+    step = Step(bench.settings[name], bench.device)
+    for _ in range(3):
+        step()
+    return breakdown(step)
+
+
+breakdown_a, breakdown_b, breakdown_c = (partial(breakdown_of, name) for name in "ABC")
+
+
+def drift(bench: Bench, seconds: float) -> Rows:
+    """The first training row once more: has the card slowed down meanwhile?"""
+    step = Step(bench.settings["B"], bench.device)
+    again = bench.training_row(step, bench.clock.time(step, seconds / 4))
+    first = bench.rows("training B").get("tokens_per_second")
+    return again | ({"of_the_first": again["tokens_per_second"] / first} if first else {})
+
+
+# --- Decoding ---------------------------------------------------------------------------------
