@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report, harness
+from benchmarks import harness
 from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
+from benchmarks.gpu import report as gpu_report
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
 
 DESCRIPTION = """\

@@ -56,10 +56,10 @@ SECTIONS = {  # most valuable first
     "training C": _section("sections:training_c", 45),
     "breakdown C": _section("sections:breakdown_c", 20),
     "attention": _section("kernels:attention", 20),
-    "training A ragged": _section("sections:training_a_ragged", 60),
+    "training A ragged": _section("sections:training_a_ragged", 100),
     "ladder": _section("ladder:ladder", 60),
     "crossover": _section("ladder:crossover", 30),
-    "levers": _section("levers:levers", 60),
+    "levers": _section("levers:levers", 90),
     "drift": _section("sections:drift", 25),
 }
 MARGIN = 10.0  # seconds of the budget that are left to the report and the plots

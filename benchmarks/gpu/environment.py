@@ -1,4 +1,4 @@
-"""Which card, and in which state: all that a reader needs to judge a figure, and never whose it is."""
+"""Which card, and in which state: what a reader needs to judge a figure, and never whose it is."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""Single kernels: where the time of a step goes, and how fast attention is by each of its kernels."""
+"""Single kernels: where the time of a step goes, and how fast each kernel of attention is."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.gpu import shapes
 from benchmarks.gpu.bench import Bench, Rows
 from benchmarks.gpu.shapes import Setting
+from benchmarks.gpu.steps import Step
 from benchmarks.gpu.timing import is_out_of_memory, reason
 from torchformer import ops
 from torchformer.masks import CAUSAL
@@ -39,9 +40,9 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(w in name for w in words)), "rest")
 
 
-def profiled(step: Callable[[], Any]) -> tuple[Rows, list[Rows]]:
+def profiled(step: Step) -> tuple[Rows, list[Rows]]:
     """The share of each kind of kernel in a step, and the kernels that take longest, by name."""
-    is_cuda = torch.cuda.is_available()
+    is_cuda = step.device.type == "cuda"
     activity = ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU
     with profile(activities=[activity]) as seen:
         step()

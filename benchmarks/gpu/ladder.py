@@ -182,6 +182,8 @@ def crossover(bench: Bench, seconds: float) -> list[dict[str, Any]]:
         }
         if bench.clock.is_cuda:
             calls["torch, GPU"] = (bench.clock, Step(setting, bench.device, **eager))
+            graph = Step(setting, bench.device, captured=True, **eager)
+            calls["torch, GPU, one CUDA graph"] = (bench.clock, graph)
         row: dict[str, Any] = {"d_model": C}
         for name, (clock, call) in calls.items():
             each = seconds / len(widths) / len(calls) / 2

@@ -1,5 +1,6 @@
 """Is what is timed the function that it should be?  Against the NumPy twin, before any figure."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Case(NamedTuple):
     batch: Batch
     precision: str
     compiled: bool
+    change: Callable[[Any], None] | None = None  # of the model on the device: a lever
 
 
 def parity(bench: Bench, seconds: float) -> Rows:
@@ -86,18 +88,12 @@ def compared(case: Case, device: torch.device) -> Rows:
     oracle = oracle_of(model, case.batch)
     found = twin(model, case, device)
     with written_out_attention():
-        peer = twin(model, case._replace(compiled=False), torch.device("cpu"))
-    nudged = [oracle_of(off_by_a_rounding(model, case, seed), case.batch) for seed in range(N_NUDGED)]
+        peer = twin(model, case._replace(compiled=False, change=None), torch.device("cpu"))
+    others = [oracle_of(off_by_a_rounding(model, case, i), case.batch) for i in range(N_NUDGED)]
+    nudged = {name: np.stack([other[name] for other in others]) for name in oracle}
     n = compare.roundings_of_a_step(case.config, case.batch.src.shape[1], case.precision)
-    bounds = compare.peer_bounds(
-        peer,
-        oracle,
-        {name: np.stack([each[name] for each in nudged]) for name in oracle},
-        n,
-        OUTPUTS,
-        case.precision,
-    )
-    used = {name: row.tolerances for name, row in zip(oracle, compare.compare_tensors(found, oracle, bounds), strict=True)}
+    bounds = compare.peer_bounds(peer, oracle, nudged, n, OUTPUTS, case.precision)
+    used = {row.name: row.tolerances for row in compare.compare_tensors(found, oracle, bounds)}
     largest = max(float(np.abs(x).max()) for name, x in oracle.items() if name not in OUTPUTS)
     errors = {name: float(np.abs(found[name] - x).max()) for name, x in oracle.items()}
     worst = max(used, key=lambda name: used[name])
@@ -119,7 +115,8 @@ def rounded(case: Case) -> npformer.Transformer:
 
 
 def off_by_a_rounding(model: npformer.Transformer, case: Case, seed: int) -> npformer.Transformer:
-    other, rng = npformer.Transformer(case.config, np.random.default_rng(0), np.float64), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
+    other = npformer.Transformer(case.config, np.random.default_rng(0), np.float64)
     other.load_state_dict(model.state_dict())
     for p in other.parameters():
         p.data *= 1 + compare.eps(case.precision) / 2 * rng.choice([-1, 1], p.data.shape)
@@ -142,6 +139,8 @@ def twin(model: npformer.Transformer, case: Case, device: torch.device) -> Tenso
     dtype = torch.float64 if case.precision == "float64" else torch.float32
     twin = to_torch(model).to(device, dtype)
     twin.right_padded = True
+    if case.change:
+        case.change(twin)
     if case.compiled:
         compile_layers(twin, device)
     src, tgt = (torch.tensor(ids, device=device) for ids in case.batch)

@@ -1,9 +1,9 @@
 """bench.json: what was measured, on which card.  It is written whole after every section.
 
-    {"schema": ..., "environment": {...}, "settings": {...},
-     "results": {section: rows, or "failed: ..." or "skipped: ..."},
-     "unfinished": {section: the rows that one had found before it was lost},
-     "measured": {section: when, by which commit, in how many seconds}}
+{"schema": ..., "environment": {...}, "settings": {...},
+ "results": {section: rows, or "failed: ..." or "skipped: ..."},
+ "unfinished": {section: the rows that one had found before it was lost},
+ "measured": {section: when, by which commit, in how many seconds}}
 """
 
 import json
@@ -83,7 +83,7 @@ def forget(content: Content, name: str) -> None:
 
 
 def is_whole(rows: Any) -> bool:
-    """Measured, and nothing in it has failed; what a card has no room for need not be tried again."""
+    """Measured, and nothing in it has failed; what has no room on a card is not tried again."""
     if not isinstance(rows, dict | list) or not rows:
         return False
     inner = rows.values() if isinstance(rows, dict) else rows

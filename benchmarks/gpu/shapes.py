@@ -109,7 +109,7 @@ class Work:
 
     @property
     def literature_flops(self) -> float:
-        """6 N + 12 L C T for a token: with all of a causal attention   [Chowdhery et al. 2022, B]."""
+        """6 N + 12 L C T a token: with all of a causal attention   [Chowdhery et al. 2022, B]."""
         return self.flops + sum(op.n * op.masked_flops for op in self.ops)
 
     @property
@@ -197,9 +197,7 @@ def linear(
     return ops if bias else ops[:3]
 
 
-def attention(
-    name: str, n_times: int, setting: Setting, size: int, causal: bool
-) -> tuple[Op, Op]:
+def attention(name: str, n_times: int, setting: Setting, size: int, causal: bool) -> tuple[Op, Op]:
     """Forward q kᵀ and its use, reading q, k, v and writing y; backward four products (what is made
     again of the first is the kernel's own affair), reading q, k, v, y, dy and writing dq, dk, dv.
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo as dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,6 +141,7 @@ def compiler(device: torch.device) -> str:
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
     """As the trainer does it: layer by layer, which are all of one graph or two."""
+    dynamo.config.recompile_limit = 64  # of shapes and of levers; eight are its own idea
     for layer in model.modules():
         if isinstance(layer, EncoderLayer | DecoderLayer):
             layer.compile(fullgraph=True, dynamic=False, backend=compiler(device))
@@ -173,10 +175,7 @@ class Step:
             if compiled:
                 compile_layers(self.model, device)
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            torch.tensor(1e-4, device=device) if captured else 1e-4,
-            fused=fused or None,
-            capturable=captured,
+            self.model.parameters(), 1e-4, fused=fused or None, capturable=captured
         )
         self.batches, self.i = batches or full_batches(setting), 0
         self.cross_entropy: Any = cross_entropy

@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# All that a card can tell which is there for a quarter of an hour; see README.md beside this file.
+#
+#   benchmarks/gpu/once.sh OUT           at most 300 s: what matters most, first things first
+#   benchmarks/gpu/once.sh OUT second    at most 270 s: the release model, the tests on the card
+#   benchmarks/gpu/once.sh OUT rest [S]  the other figures, in at most S seconds (250)
+#
+# Each part has a limit of its own, and what it has found is in OUT before the next begins; one that
+# fails is written down.  ONCE_DEVICE=cpu rehearses every part on toy sizes.
+set -u
+usage="usage: once.sh OUT [second | rest [S]]"
+what=${2:-first} device=${ONCE_DEVICE:-cuda}
+case $what in
+  first) total=300 ;;
+  second) total=270 ;;
+  rest) total=${3:-250} ;;
+  *) echo "once.sh: unknown part '$what'; $usage" >&2; exit 2 ;;
+esac
+case $device in cuda | cpu) ;; *) echo "once.sh: ONCE_DEVICE must be cuda or cpu, got '$device'" >&2; exit 2 ;; esac
+[[ $total =~ ^[1-9][0-9]*$ ]] || { echo "once.sh: S must be a number of seconds, got '$total'" >&2; exit 2; }
+out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+log=$out/$what.log summary=$out/summary.txt work=$(mktemp -d) failed=0
+trap 'rm -rf "$work"' EXIT
+trap 'exit 143' TERM INT
+
+say() { echo "$what, $SECONDS s: $*" | tee -a "$summary"; }
+
+# part NAME LIMIT [-s SIGNAL] COMMAND ...: runs it, for so many seconds at most
+part() {
+  local name=$1 limit=$2 signal=TERM code begin=$SECONDS left=$((total - 12 - SECONDS))
+  shift 2
+  if [[ $1 == -s ]]; then signal=$2; shift 2; fi
+  ((limit > left)) && limit=$left
+  if ((limit < 5)); then say "$name: skipped, no time is left"; failed=1; return 1; fi
+  printf '\n==== %s\n' "$name" >>"$log"
+  timeout -s "$signal" -k 10 "$limit" "$@" >>"$log" 2>&1 &
+  wait $!
+  code=$?
+  case $code in
+    0) say "$name: done in $((SECONDS - begin)) s" ;;
+    124 | 137) say "$name: stopped after its $limit s"; failed=1 ;;
+    *) say "$name: failed, exit code $code, see $what.log"; failed=1 ;;
+  esac
+  return $code
+}
+
+sections() { # NAMES: each is a process with a limit of its own, and written when it is done
+  part "benchmarks.gpu ($1)" $((total - 12)) \
+    python -m benchmarks.gpu --out "$out" --device "$device" --budget $((total - 17)) --only "$1"
+}
+
+release() { # the model that the package ships; without pay at its limit, and in float16
+  local choice=(g2p --preset release --steps 20000 --minutes 2.6)
+  if [[ $device == cpu ]]; then
+    printf '[model]\nd_model = 16\nd_ff = 16\n[recipe]\nbatch_size = 8\ndev_examples = 8\n' >"$work/toy.toml"
+    choice=(sort --config "$work/toy.toml" --steps 4)
+  fi
+  part "release model" 200 -s INT python -m npformer train "${choice[@]}" \
+    --backend torch --device "$device" --precision bfloat16 --out "$work/release"
+  part "release model in float16" 20 python - "$work/release" "$out/release" <<'PYTHON'
+import shutil, sys
+from pathlib import Path
+from npformer import checkpoint
+
+trained, kept = map(Path, sys.argv[1:])
+config, weights = checkpoint.load(trained)
+checkpoint.save(kept, config, {name: x.astype("float16") for name, x in weights.items()})
+for name in ("run.json", "history.json"):
+    if (trained / name).exists():
+        shutil.copy(trained / name, kept)
+print((kept / "run.json").read_text())
+PYTHON
+}
+
+tests() { # NAME LIMIT ARGUMENTS ...: of pytest, which such a machine may lack
+  local name=$1 limit=$2
+  shift 2
+  if python -c 'import pytest, hypothesis' 2>>"$log"; then
+    part "$name" "$limit" python -m pytest -p no:cacheprovider -ra "$@"
+  else
+    say "$name: skipped, pytest or hypothesis is not installed here"
+  fi
+}
+
+say "begins on $device"
+case $what in
+  first)
+    sections "smoke,ceilings,parity,training B,breakdown B,decoding,training A,training C"
+    ;;
+  second)
+    release
+    few=() && [[ $device == cpu ]] && few=(-k "lengths")
+    for dtype in float32 bfloat16; do
+      tests "tests/test_devices.py, $dtype" 60 tests/test_devices.py --device "$device" --dtype "$dtype" "${few[@]}"
+    done
+    tests "graph tests" 60 tests/test_fast.py tests/test_captured.py -k "graph or recorded or captured"
+    part "ddp, fsdp and tp on one device" 60 python - "$device" "$work" <<'PYTHON'
+import sys, traceback
+from torchformer import parallel
+
+device, work = sys.argv[1:]
+failed = []
+for engine in parallel.ENGINES:
+    choice = ["sort", "--parallel", engine, "--steps", "4", "--device", device]
+    try:
+        code = parallel.main([*choice, "--out", f"{work}/{engine}"])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    failed += [engine] if code else []
+print("failed:", *failed) if failed else print("all three have trained")
+sys.exit(bool(failed))
+PYTHON
+    ;;
+  rest)
+    sections "attention,training A ragged,ladder,crossover,levers,drift"
+    ;;
+esac
+files=$(cd "$out" && find . -type f ! -name 'summary.txt' | sort | sed 's|^\./||' | tr '\n' ' ')
+if ((failed)); then say "ended, not all of it went well; in OUT: $files"; else say "ended well; in OUT: $files"; fi
+exit $failed
