@@ -441,10 +441,7 @@ def test_the_floors_are_those_of_the_shapes():
         sizes = {k: p.numel() for k, p in step.model.named_parameters() if p.ndim == 2}
         multiply = sum(s for k, s in sizes.items() if "positions" not in k)  # tied: the table too
         assert sum(gpu_shapes.matrices(c)) == multiply
-    prompt = torch.full((2, 7), 3)
-    with torch.no_grad():
-        _, cache = step.model.step(prompt, step.model.start(None))
-    decoder = fast.StaticDecoder(step.model, cache, 7, [])
+    decoder = fast.StaticDecoder(step.model, 2, 7)
     held = sum(x.numel() for layer in decoder.layers for x in (layer.keys, layer.values))
     assert gpu.decoding_work(c, 2, 7, 4).n_bytes == 4 * (multiply + held)
 
