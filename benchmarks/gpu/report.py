@@ -78,7 +78,7 @@ COLUMNS = {  # of the first table: the key in a row, and how it is shown
 
 def summary(content: dict[str, Any] | None) -> str:
     """The README's tables; without results they say so in every cell."""
-    results = content["results"] if content else {}
+    results = content["results"] | content.get("unfinished", {}) if content else {}
 
     def found(section: str, name: Any, key: str, form: str) -> str:
         row = row_of(results, section, name)
@@ -123,7 +123,7 @@ def draw(content: dict[str, Any], folder: Path) -> None:
     """The ladder, the crossover, the roofline and the breakdown of B, where matplotlib is."""
     if not harness.is_installed("matplotlib"):
         return
-    results = content["results"]
+    results = content["results"] | content.get("unfinished", {})
     for name, drawn in (
         ("ladder", ladder(results.get("ladder"))),
         ("crossover", crossover(results.get("crossover"))),

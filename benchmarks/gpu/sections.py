@@ -1,20 +1,24 @@
 """What is measured, section by section; see bench.py."""
 
+import statistics
 import time
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import kernels
 from benchmarks.gpu.bench import Bench, Rows
 from benchmarks.gpu.environment import environment
-from benchmarks.gpu.shapes import Setting, settings
+from benchmarks.gpu.shapes import Setting, decoding_work, settings
 from benchmarks.gpu.steps import Step, contenders_a, full_batches, make_model, ragged_batches
-from benchmarks.gpu.timing import reason
+from benchmarks.gpu.timing import ROUNDS, reason
+from npformer import compare
 from torchformer import fast
+from torchformer.transformer import Transformer
 
 
 def probe(give: Any, device: str) -> tuple[Rows, Rows]:
@@ -27,7 +31,7 @@ def probe(give: Any, device: str) -> tuple[Rows, Rows]:
 
 
 def smoke(bench: Bench, seconds: float) -> Rows:
-    """What the other sections need, each once and small: does it work, and how long does it take?"""
+    """What the other sections need, each once and small: does it work, and how long is it?"""
     rows: Rows = {}
     small = settings(torch.device("cpu"))
     graph = bench.clock.is_cuda
@@ -199,6 +203,84 @@ def drift(bench: Bench, seconds: float) -> Rows:
 # --- Decoding ---------------------------------------------------------------------------------
 
 
+PROMPT, N_NEW, N_COMPARED = 512, 256, 16  # tokens
+
+
 def decoding(bench: Bench, seconds: float) -> Rows:
-    """New tokens per second, greedy, after a prompt."""
-    raise NotImplementedError
+    """New tokens per second, greedy, after a prompt; the decoder with its graph is made once.
+
+    tokens_per_second     of the replays alone
+    recording_seconds     to compile and to record, once
+    prefill_seconds       to read the prompts of the batch
+    same_tokens           of the first tokens, those that the eager cached decoder chooses, too
+    """
+    P, n = (PROMPT, N_NEW) if bench.clock.is_cuda else (16, 8)
+    dtype, precision = torch.float32, "float32"
+    if bench.clock.is_cuda:
+        dtype, precision = torch.bfloat16, "bf16"
+    rows: Rows = {}
+    for name in "BC":
+        config = bench.settings[name].config
+        model = make_model(config, bench.device, dtype).eval()
+        for batch in (1, 64):
+            torch.compiler.reset()  # else the second batch size is compiled for all sizes
+            prompt = torch.tensor(
+                np.random.default_rng(batch).integers(3, config.tgt_vocab_size, (batch, P)),
+                device=bench.device,
+            )
+            try:
+                row = decoded(bench, model, prompt, n, seconds / 16)
+                work = decoding_work(config, batch, P + n / 2, dtype.itemsize)
+                row |= bench.against_the_card(work, row["seconds"] / n, precision)
+            except Exception as error:
+                row = {"failed": reason(error)}
+                bench.clock.check_sound()
+            rows[f"{name}, batch {batch}"] = row
+            bench.give("decoding", rows)
+        del model
+    return rows
+
+
+def decoded(
+    bench: Bench, model: Transformer, prompt: torch.Tensor, n_tokens: int, seconds: float
+) -> Rows:
+    decoder = fast.FastDecoder(model, len(prompt), prompt.shape[1] + n_tokens)
+    first = decoder.prefill(prompt)
+    chosen = torch.cat([first[:, None], decoder.decode(min(n_tokens, N_COMPARED))], dim=1)
+    row: Rows = {"same_tokens": check_tokens(model, prompt, chosen)}
+    row["recording_seconds"] = decoder.recording_seconds
+    samples: dict[str, list[float]] = {"prefill_seconds": [], "seconds": []}
+    started = time.monotonic()
+    while len(samples["seconds"]) < ROUNDS and time.monotonic() - started < max(seconds, 0.01):
+        took = bench.clock.seconds(lambda: decoder.prefill(prompt), 1)
+        samples["prefill_seconds"].append(took)
+        samples["seconds"].append(bench.clock.seconds(lambda: decoder.decode(n_tokens), 1))
+    row |= {name: statistics.median(s) for name, s in samples.items()}
+    row["samples"] = len(samples["seconds"])
+    return {"tokens_per_second": len(prompt) * n_tokens / row["seconds"]} | row
+
+
+@torch.no_grad()
+def check_tokens(model: Transformer, prompt: torch.Tensor, chosen: torch.Tensor) -> float:
+    """Which part of the tokens the eager cached decoder chooses, too.   chosen (B, n)
+
+    In half precision the best two may be the same number.  So it reads what was chosen, and each of
+    that must be as good as its own choice, up to the roundings of both.  Raises RuntimeError.
+    """
+    logits, cache = model.step(prompt, model.start(None))  # (B, P, V)
+    same, at_stake, precision = [], [], str(logits.dtype).removeprefix("torch.")
+    for token in chosen.T:  # (B,)
+        last = logits[:, -1].float()  # (B, V)
+        best = last.max(dim=-1)
+        same.append(token == best.indices)
+        lost = best.values - last.gather(1, token[:, None])[:, 0]
+        at_stake.append(lost / last.abs().amax(dim=-1))
+        logits, cache = model.step(token[:, None], cache)
+    n = compare.roundings_of_a_step(model.config, cache.length, precision)
+    worst, allowed = float(torch.stack(at_stake).max()), n * compare.eps(precision)
+    if not worst <= allowed:
+        raise RuntimeError(
+            f"decodes other tokens than the eager decoder: their logits are {worst:.3g} of the "
+            f"largest below the best, {allowed:.3g} is rounding"
+        )
+    return float(torch.stack(same).double().mean())
