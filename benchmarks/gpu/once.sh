@@ -23,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 log=$out/$what.log summary=$out/summary.txt work=$(mktemp -d) failed=0
 trap 'rm -rf "$work"' EXIT
-trap 'exit 143' TERM INT
+trap 'kill $(jobs -p) 2>/dev/null; exit 143' TERM INT # timeout hands it on
 
 say() { echo "$what, $SECONDS s: $*" | tee -a "$summary"; }
 
@@ -51,7 +51,7 @@ sections() { # NAMES: each is a process with a limit of its own, and written whe
     python -m benchmarks.gpu --out "$out" --device "$device" --budget $((total - 17)) --only "$1"
 }
 
-release() { # the model that the package ships; without pay at its limit, and in float16
+release() { # the model that the package ships, stopped cleanly at its limit, and in float16
   local choice=(g2p --preset release --steps 20000 --minutes 2.6)
   if [[ $device == cpu ]]; then
     printf '[model]\nd_model = 16\nd_ff = 16\n[recipe]\nbatch_size = 8\ndev_examples = 8\n' >"$work/toy.toml"
@@ -59,19 +59,7 @@ release() { # the model that the package ships; without pay at its limit, and in
   fi
   part "release model" 200 -s INT python -m npformer train "${choice[@]}" \
     --backend torch --device "$device" --precision bfloat16 --out "$work/release"
-  part "release model in float16" 20 python - "$work/release" "$out/release" <<'PYTHON'
-import shutil, sys
-from pathlib import Path
-from npformer import checkpoint
-
-trained, kept = map(Path, sys.argv[1:])
-config, weights = checkpoint.load(trained)
-checkpoint.save(kept, config, {name: x.astype("float16") for name, x in weights.items()})
-for name in ("run.json", "history.json"):
-    if (trained / name).exists():
-        shutil.copy(trained / name, kept)
-print((kept / "run.json").read_text())
-PYTHON
+  part "release model in float16" 20 python -m benchmarks.gpu.once keep "$work/release" "$out/release"
 }
 
 tests() { # NAME LIMIT ARGUMENTS ...: of pytest, which such a machine may lack
@@ -87,7 +75,8 @@ tests() { # NAME LIMIT ARGUMENTS ...: of pytest, which such a machine may lack
 say "begins on $device"
 case $what in
   first)
-    sections "smoke,ceilings,parity,training B,breakdown B,decoding,training A,training C"
+    # A last: of all sections it needs longest, and takes what is left
+    sections "smoke,ceilings,parity,training B,breakdown B,decoding,training C,training A"
     ;;
   second)
     release
@@ -96,23 +85,7 @@ case $what in
       tests "tests/test_devices.py, $dtype" 60 tests/test_devices.py --device "$device" --dtype "$dtype" "${few[@]}"
     done
     tests "graph tests" 60 tests/test_fast.py tests/test_captured.py -k "graph or recorded or captured"
-    part "ddp, fsdp and tp on one device" 60 python - "$device" "$work" <<'PYTHON'
-import sys, traceback
-from torchformer import parallel
-
-device, work = sys.argv[1:]
-failed = []
-for engine in parallel.ENGINES:
-    choice = ["sort", "--parallel", engine, "--steps", "4", "--device", device]
-    try:
-        code = parallel.main([*choice, "--out", f"{work}/{engine}"])
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    failed += [engine] if code else []
-print("failed:", *failed) if failed else print("all three have trained")
-sys.exit(bool(failed))
-PYTHON
+    part "ddp, fsdp and tp on one device" 60 python -m benchmarks.gpu.once engines "$device" "$work"
     ;;
   rest)
     sections "attention,training A ragged,ladder,crossover,levers,drift"
