@@ -138,8 +138,9 @@ def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str
         return tensors, dict(file.metadata() or {})
 
 
-def save_json(path: str | Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+def save_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
+    """`indent` None: for what is long, five times as fast."""
+    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
 def load_json(path: str | Path) -> Any:

@@ -107,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--compile", action="store_true", help="for --backend torch: torch.compile each layer"
     )
+    train.add_argument(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        help="for --backend torch: launch each step as one CUDA graph, which small models need; it "
+        "holds the memory of a step for each of some lengths (default: on CUDA)",
+    )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
     train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
     train.set_defaults(run=run_train)
@@ -318,13 +324,15 @@ def run_train(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     if options.resume:
         folder, about = Path(options.resume), training.load_run(options.resume)
-        earlier = {"threads": None, "precision": "float32", "compile": False}
+        earlier = {"threads": None, "precision": "float32", "compile": False, "capture": None}
         about = earlier | about  # of an earlier version
         for name in ("task", "backend", "seed", "threads", "precision"):
             if getattr(options, name) not in (None, about[name]):
                 raise ValueError(f"the run in {folder} has {name} {about[name]}")
         if options.compile and not about["compile"]:
             raise ValueError(f"the run in {folder} is not compiled")
+        if options.capture not in (None, about["capture"]):
+            raise ValueError("--resume goes on as it began: no --capture, no --no-capture")
         if options.preset or options.config or options.out:
             raise ValueError("--resume goes on as it began: no --preset, --config or --out")
         with blame(folder / training.RUN):
@@ -344,7 +352,7 @@ def run_train(options: argparse.Namespace) -> int:
             raise ValueError(f"{folder} holds a run: --resume {folder}, or give another --out")
         about = {"preset": options.preset or "default", "config": config.to_json()}
         about |= {"threads": threads, "precision": options.precision or "float32"}
-        about |= {"compile": options.compile}
+        about |= {"compile": options.compile, "capture": options.capture}
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}")
     if options.steps:
@@ -352,7 +360,7 @@ def run_train(options: argparse.Namespace) -> int:
     elif options.minutes:
         recipe = replace(recipe, steps=10**9)
     keep_freed_memory()
-    engine = (options.device, about["precision"], about["compile"])
+    engine = (options.device, about["precision"], about["compile"], about["capture"])
     trainer = _trainer(backend, config, recipe, seed, threads, engine)
     say(
         f"Training {task.name} with {backend}: {config.n_encoder_layers}+{config.n_decoder_layers} "
@@ -749,10 +757,10 @@ def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], 
 
 
 def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
-    device, precision, compiled = engine
+    device, precision, compiled, captured = engine
     if backend == "numpy":
-        if precision != "float32" or compiled:
-            raise ValueError("--precision and --compile need --backend torch")
+        if precision != "float32" or compiled or captured is not None:
+            raise ValueError("--precision, --compile and --capture need --backend torch")
         if device == "cuda":
             raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
         try:
@@ -770,7 +778,7 @@ def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engin
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads:
         torch.set_num_threads(threads)
-    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled)
+    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled, captured)
 
 
 def _need_torch(what: str) -> None:

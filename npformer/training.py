@@ -239,7 +239,7 @@ def run(
         evaluations.append(entry)
         progress.seconds = session.seconds()
         _save_resume(trainer, folder, progress, seed, recipe)
-        checkpoint.save_json(folder / HISTORY, progress.history)
+        checkpoint.save_json(folder / HISTORY, progress.history, indent=None)
         report.evaluation(entry, is_best)
         return is_best
 
@@ -305,7 +305,7 @@ def run(
     scores = score(trainer.answer, task, test)
     results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
     checkpoint.save_json(folder / RUN, about | {"results": results | scores})
-    checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores})
+    checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores}, indent=None)
     return Outcome(ended, progress, scores)
 
 
@@ -392,7 +392,7 @@ def _save_resume(trainer, folder: Path, progress: Progress, seed: int, recipe: R
         "config": trainer.config.to_json(),
         "recipe": json.dumps(asdict(recipe)),
         "seed": str(seed),
-        "progress": json.dumps(asdict(progress)),
+        "progress": json.dumps(vars(progress)),  # asdict would copy a long history first
         "values": json.dumps(values),
     }
     checkpoint.save_tensors(folder / RESUME, tensors, metadata)

@@ -22,14 +22,15 @@ import torch
 from torch import Tensor
 
 from npformer.tasks import PAD, Batch
+from torchformer.masks import FULL
 
 
 class Shape(NamedTuple):
-    """What a graph is for: the columns of src and of tgt, and whether there are pads in src."""
+    """What a graph is for: the columns of src and of tgt, and whether src is free of pads."""
 
     S: int
     T: int
-    full_source: bool = False
+    is_full: bool
 
 
 class CapturedStep:
@@ -60,7 +61,7 @@ class CapturedStep:
         """One step; returns its loss, which the next one overwrites."""
         ids = in_bucket(batch, self.batch_size, self.max_len)
         options = options_of(ids)
-        shape = Shape(ids.src.shape[1], ids.tgt.shape[1], **options)
+        shape = Shape(ids.src.shape[1], ids.tgt.shape[1], bool(options))
         is_new = shape not in self.inputs
         if is_new:
             src, tgt = (torch.empty(x.shape, dtype=torch.int64, device=self.device) for x in ids)
@@ -99,14 +100,14 @@ def in_bucket(batch: Batch, batch_size: int, max_len: int) -> Batch:
 
 
 def rounded_up(n: int) -> int:
-    """To a multiple of 4, from 33 on of 8, from 65 on of 16, ...: at most eight sizes an octave."""
-    unit = max(4, 2 ** (n - 1).bit_length() // 8)
+    """To a multiple of 4, from 65 on of 8, from 129 on of 16, ...: eight sizes an octave."""
+    unit = max(4, 2 ** (n - 1).bit_length() // 16)
     return -(-n // unit) * unit
 
 
-def options_of(batch: Batch) -> dict[str, bool]:
+def options_of(batch: Batch) -> dict[str, Any]:
     """For the model's forward: what the host knows of a batch, so that no device need be asked."""
-    return {"full_source": True} if (batch.src != PAD).all() else {}
+    return {"src_mask": FULL} if (batch.src != PAD).all() else {}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
 from torchformer.encoder import EncoderLayer
+from torchformer.fast import FastDecoder
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -44,7 +45,8 @@ class Trainer:
         precision   "bfloat16": products and attention in bfloat16 by torch.autocast; parameters,
                     norms, softmax and loss stay float32
         compiled    torch.compile, layer by layer, and the loss
-        captured    a step is one CUDA graph, see captured.py; None: on CUDA it is
+        captured    a step of training or of decoding is one CUDA graph, see captured.py; None: if
+                    the device is CUDA
         """
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         check_precision(precision, self.device)
@@ -72,6 +74,7 @@ class Trainer:
             capturable=is_captured,
         )
         self.captured: CapturedStep | None = None
+        self.decoders: dict[tuple[int, int, int], FastDecoder] = {}
         if is_captured:
             self.captured = CapturedStep(
                 self._update, recipe.batch_size, config.max_len, self.device
@@ -137,8 +140,19 @@ class Trainer:
 
     def answer(self, sources: Sequence[list[int]], max_len: int) -> list[list[int]]:
         """Greedy answers to a batch of sources."""
-        src = torch.from_numpy(pad(sources)).to(self.device)
-        return greedy(self.model.eval(), src, max_len=max_len, sos_id=SOS, eos_id=EOS)
+        model, ids = self.model.eval(), pad(sources)
+        src = torch.from_numpy(ids).to(self.device)
+        if not self.captured:
+            return greedy(model, src, max_len=max_len, sos_id=SOS, eos_id=EOS)
+        # As the steps: one graph for each of a few shapes, kept for the next evaluation
+        B, S = len(ids), min(-(-ids.shape[1] // 16) * 16, self.config.max_len)
+        if (B, S, max_len) not in self.decoders:
+            self.decoders[B, S, max_len] = FastDecoder(
+                model, B, max_len, src_len=S, never=[PAD, SOS], compiled=False, recorded=True
+            )
+        decoder = self.decoders[B, S, max_len]
+        decoder.read_weights()
+        return decoder.greedy(src, max_len, SOS, EOS)
 
     def weights(self) -> dict[str, np.ndarray]:
         # A copy: on the CPU .numpy() shares the memory that the optimizer goes on writing to.
@@ -153,7 +167,7 @@ class Trainer:
         if self.device.type == "cuda":
             arrays["rng.cuda"] = torch.cuda.get_rng_state(self.device).numpy()
         for i, state in self.optimizer.state_dict()["state"].items():
-            arrays |= {f"optimizer.{i}.{name}": as_numpy(x) for name, x in state.items()}
+            arrays |= {f"optimizer.{i}.{name}": as_numpy(x).copy() for name, x in state.items()}
         return arrays, {}
 
     def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
@@ -216,7 +230,7 @@ def add_gradients(
 ) -> Tensor:
     """Forward and backward; returns the loss, which may not have been computed yet.
 
-    options   of the model's forward, such as full_source
+    options   of the model's forward, such as src_mask
     """
     src, tgt = batch
     with torch.autocast(tgt.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
@@ -297,7 +311,7 @@ def check_precision(precision: str, device: torch.device) -> str:
 def check_captured(captured: bool | None, device: torch.device) -> bool:
     """Whether steps are captured: None leaves it to the device.  Raises ValueError."""
     if captured and device.type != "cuda":
-        raise ValueError("captured: a CUDA graph needs a CUDA device (device='cuda')")
+        raise ValueError(f"--capture needs a CUDA device, got {device.type}")
     return device.type == "cuda" if captured is None else captured
 
 

@@ -25,7 +25,7 @@ from torchformer import ops
 from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
-from torchformer.masks import CAUSAL, causal_mask, padding_mask
+from torchformer.masks import CAUSAL, FULL, causal_mask, padding_mask
 from torchformer.ops import Mask
 from torchformer.positional import LearnedPositions, SinusoidalPositions
 
@@ -44,9 +44,9 @@ class Transformer(nn.Module):
 
     Set `right_padded` where the targets' pads all stand at the end: the causal mask then hides them
     from every token by itself, and goes to kernels that know it without reading it.  Logits at the
-    tokens and all gradients of a loss that ignores pads are the same.  For the same reason say
-    `full_source` to a forward where no source has a pad: who makes the batch knows, and for the
-    device to be asked is to be waited for.
+    tokens and all gradients of a loss that ignores pads are the same.  For the same reason give
+    src_mask=masks.FULL where no source has a pad: who makes the batch knows, and to ask the device
+    would be to wait for it.
     """
 
     right_padded = False
@@ -137,7 +137,6 @@ class Transformer(nn.Module):
         src_mask: Mask = None,
         tgt_mask: Mask = None,
         rng=None,
-        full_source: bool = False,
     ) -> Tensor:
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
@@ -145,15 +144,13 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: src has {len(src)} samples, tgt has {len(tgt)}")
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
-        memory = self.encode(src, src_mask, rng, full_source)  # (B, S, C)
-        memory_mask = None if full_source else padding_mask(src, self.config.src_pad_id)
+        memory = self.encode(src, src_mask, rng)  # (B, S, C)
+        memory_mask = None if src_mask is FULL else padding_mask(src, self.config.src_pad_id)
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
-    def encode(
-        self, src: Tensor, src_mask: Mask = None, rng=None, full_source: bool = False
-    ) -> Tensor:
+    def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
         """src (B, S)   ->   memory (B, S, C)"""
-        if full_source and src_mask is None:
+        if src_mask is FULL:
             mask = None  # every kernel is faster without one
         else:
             mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
