@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.gpu import report, results
 from benchmarks.gpu.processes import Lost, Processes
+from benchmarks.gpu.results import NO_ROOM
 from benchmarks.harness import BenchmarkError
 
 DESCRIPTION = """\
@@ -62,6 +63,7 @@ SECTIONS = {  # most valuable first
     "levers": _section("levers:levers", 90),
     "drift": _section("sections:drift", 25),
 }
+SLACK = 20.0  # seconds that a section may take over twice its own before it is stopped
 MARGIN = 10.0  # seconds of the budget that are left to the report and the plots
 
 
@@ -196,11 +198,14 @@ class Run:
                 self.options.device,
                 content["results"],
                 section.seconds / pace,
-                limit=min(2 * section.seconds + 20, max(self.left, 1)),
+                limit=min(2 * section.seconds + SLACK, max(self.left, 1)),
                 give=give,
             )
         except Lost as lost:
             rows = str(lost)
+            if rows.endswith(NO_ROOM):
+                card = content["environment"]
+                rows += f" on {card['device']} ({card.get('memory_gib', '?')} GiB)"
             print(f"{name}: {rows}", flush=True)
         results.forget(content, name)
         content["results"][name] = rows

@@ -68,7 +68,8 @@ def rungs(setting: Setting, device: torch.device) -> list[Rung]:
     cpu = torch.device("cpu")
     found = []
     for dtype in (np.float64, np.float32):
-        step, gradients = (partial(f, setting, dtype) for f in (numpy_step, gradients_numpy))
+        step = partial(numpy_step, setting, dtype)
+        gradients = partial(gradients_numpy, setting, dtype)
         found.append(Rung(f"NumPy {np.dtype(dtype).name}", Clock(cpu), step, gradients))
 
     def add(

@@ -19,20 +19,20 @@ def report(content: dict[str, Any]) -> str:
         if isinstance(found, str):
             lines += [found, ""]
             found = content.get("unfinished", {}).get(name, [])
-        for table in _tables(name, found):
-            lines += [table, ""]
+        lines += [line for rows in _tables(name, found) if rows for line in (_table(rows), "")]
     return "\n".join(lines)
 
 
-def _tables(name: str, found: Any) -> list[str]:
-    """A section's rows, be they a list, a dict of rows, one row, or shares and kernels."""
-    if isinstance(found, dict) and "shares" in found:
+def _tables(name: str, found: Any) -> list[list[dict[str, Any]]]:
+    """The rows of a section: a list, a dict of rows, one row alone, or shares and kernels."""
+    if isinstance(found, list):
+        return [found]
+    if "shares" in found:
         shares = [{"kind": kind, "share": share} for kind, share in found["shares"].items()]
-        return [_table(shares), _table(found["kernels"])]
-    if isinstance(found, dict) and not any(isinstance(v, dict) for v in found.values()):
+        return [shares, found["kernels"]]
+    if found and not any(isinstance(v, dict) for v in found.values()):
         found = {name: found}
-    rows = found if isinstance(found, list) else [{"": k, **_row(v)} for k, v in found.items()]
-    return [_table(rows)] if rows else []
+    return [[{"": k, **_row(v)} for k, v in found.items()]]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

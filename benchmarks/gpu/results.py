@@ -15,6 +15,7 @@ from benchmarks.harness import BenchmarkError
 
 SCHEMA = "npformer-gpu-1"
 BENCH = "bench.json"
+NO_ROOM = "too little memory"  # why something was skipped, or has failed
 Content = dict[str, Any]
 
 
@@ -87,7 +88,4 @@ def is_whole(rows: Any) -> bool:
     if not isinstance(rows, dict | list) or not rows:
         return False
     inner = rows.values() if isinstance(rows, dict) else rows
-    return not any(
-        isinstance(row, dict) and row.get("failed", "too little memory") != "too little memory"
-        for row in inner
-    )
+    return not any(isinstance(row, dict) and row.get("failed", NO_ROOM) != NO_ROOM for row in inner)

@@ -21,10 +21,13 @@ from torchformer import fast
 from torchformer.transformer import Transformer
 
 
-def probe(give: Any, device: str) -> tuple[Rows, Rows]:
-    """The environment, and the settings by name.  Raises ValueError for a device that is not."""
+def probe(give: Any, device: str) -> tuple[Rows, Rows] | str:
+    """The environment, and the settings by name; or what is wrong with the device."""
     where = torch.device(device)
-    return environment(where), {name: asdict(s) for name, s in settings(where).items()}
+    try:
+        return environment(where), {name: asdict(s) for name, s in settings(where).items()}
+    except ValueError as error:
+        return str(error)
 
 
 # --- Does it run at all? ----------------------------------------------------------------------

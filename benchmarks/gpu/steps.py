@@ -152,7 +152,7 @@ class Step:
 
     model     None: a torchformer of the setting
     compiled  ours layer by layer, and the loss
-    captured  as one CUDA graph for each shape; the first two calls of each take longer
+    captured  as one CUDA graph for each shape, recorded by the first call of it
     """
 
     def __init__(
@@ -192,11 +192,17 @@ class Step:
                 (tuple(torch.tensor(ids, device=device) for ids in batch), options_of(batch))
                 for batch in self.batches
             ]
-        self.first_loss: Tensor | None = None  # with the weights as they were made
+        self.recorded: set[tuple[int, ...]] = set()
+        self.first_loss: Any = None  # with the weights as they were made
 
     def __call__(self) -> None:
         if self.captured:
-            loss = self.captured(self.batches[self.i])
+            batch = self.batches[self.i]
+            loss = self.captured(batch)
+            if batch.src.shape not in self.recorded:  # it runs a shape once, and then records it
+                self.recorded.add(batch.src.shape)
+                loss = loss.clone()
+                self.captured(batch)
         else:
             (src, tgt), options = self.held[self.i]
             loss = self.update(src, tgt, **options)
@@ -216,7 +222,8 @@ class Step:
     def gradients(self, src: Tensor, tgt: Tensor) -> dict[str, np.ndarray]:
         """Of the loss of one batch, in float64 on the host."""
         self.optimizer.zero_grad()
-        batch, how = self._called(src, tgt, options_of(Batch(src.cpu().numpy(), tgt)))
+        ids = Batch(src.cpu().numpy(), tgt.cpu().numpy())
+        batch, how = self._called(src, tgt, options_of(ids))
         add_gradients(self.model, batch, count_targets(tgt), **how)
         return {n: as_numpy(p.grad.double()) for n, p in self.model.named_parameters()}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.results import NO_ROOM
+
 ROUNDS = 5
 
 
@@ -95,7 +97,7 @@ def reason(error: BaseException) -> str:
     """In one line."""
     traceback.print_exception(error)
     if is_out_of_memory(error):
-        return "too little memory"
+        return NO_ROOM
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
