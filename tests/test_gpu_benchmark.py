@@ -66,9 +66,12 @@ def test_every_part_of_the_one_run_is_rehearsed(rehearsal):
         assert len(files) <= 8, files  # no more come back from a card
         assert all(path.stat().st_size < 2**24 for path in files)
     done = re.findall(r": (.*): done in", "".join(said for _, said in calls.values()))
-    for part in ("release model", "release model in float16", "graph tests"):
-        assert part in done
-    assert {f"tests/test_devices.py, {dtype}" for dtype in ("float32", "bfloat16")} <= set(done)
+    parts = ["release model", "release model in float16", "ddp, fsdp and tp on one device"]
+    parts += ["device tests in float32, graph tests", "device tests in bfloat16"]
+    assert set(parts) <= set(done)
+    for name in SECTIONS:
+        if not name.startswith("breakdown"):
+            assert re.search(f"    {name}: measured, ", "".join(said for _, said in calls.values()))
     assert "all have trained: ddp fsdp tp" in (folder / "second" / "second.log").read_text()
 
 
@@ -222,7 +225,7 @@ def test_a_section_that_dies_fails_or_hangs_costs_no_other(sections, tmp_path, c
     rows = {"found before": {"seconds": 1.0}}
     assert content["unfinished"] == {"dies": rows, "hangs": rows}
     assert "found before" in (tmp_path / "report.md").read_text()
-    assert "short: skipped: too little memory" in capfd.readouterr().out
+    assert "== short: skipped: too little memory" in capfd.readouterr().out
 
 
 def test_the_next_call_goes_on_from_there(sections, tmp_path, capfd):

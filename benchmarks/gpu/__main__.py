@@ -46,7 +46,7 @@ def _section(name: str, seconds: float) -> Section:
 
 
 SECTIONS = {  # most valuable first
-    "smoke": _section("sections:smoke", 25),
+    "smoke": _section("sections:smoke", 20),
     "ceilings": _section("sections:ceilings", 12),
     "parity": _section("parity:parity", 40),
     "training B": _section("sections:training_b", 35),
@@ -166,7 +166,7 @@ class Run:
             methods.append("spawn")  # slower, should an import have touched the card after all
         found: Any = None
         for method in methods:
-            processes = Processes(method, () if self.is_cuda else ("torch._dynamo",))
+            processes = Processes(method)
             try:
                 found = processes.call(
                     "benchmarks.gpu.sections:probe", self.options.device, limit=60, give=print
@@ -183,6 +183,7 @@ class Run:
         if self.left < section.seconds / 2 / pace:  # the half of a section tells something
             left, needed = max(self.left, 0), section.seconds
             content["results"][name] = f"skipped: {left:.0f} s were left, it takes {needed:.0f}"
+            print(f"== {name}: {content['results'][name]}", flush=True)
             return
         print(f"{name} ...", flush=True)
         given: dict[str, Any] = {}
@@ -206,13 +207,15 @@ class Run:
             if rows.endswith(NO_ROOM):
                 card = content["environment"]
                 rows += f" on {card['device']} ({card.get('memory_gib', '?')} GiB)"
-            print(f"{name}: {rows}", flush=True)
         results.forget(content, name)
         content["results"][name] = rows
         if isinstance(rows, str) and name in given:
             content["unfinished"][name] = given[name]
+        took = time.monotonic() - started
+        lost = rows if isinstance(rows, str) else None
+        print(f"== {name}: {lost or 'measured'}, {took:.0f} s", flush=True)
         about = {"created": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-        about |= {"seconds": round(time.monotonic() - started, 1)}
+        about |= {"seconds": round(took, 1)}
         about |= {"commit": content["environment"].get("commit")}
         content["measured"][name] = about
         for other, rows in given.items():  # a training section also finds where its time goes

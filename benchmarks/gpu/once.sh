@@ -49,6 +49,7 @@ part() {
 sections() { # NAMES: each is a process with a limit of its own, and written when it is done
   part "benchmarks.gpu ($1)" $((total - 12)) \
     python -m benchmarks.gpu --out "$out" --device "$device" --budget $((total - 17)) --only "$1"
+  sed -n 's/^== /    /p' "$log" | tee -a "$summary"
 }
 
 release() { # the model that the package ships, stopped cleanly at its limit, and in float16
@@ -80,11 +81,11 @@ case $what in
     ;;
   second)
     release
-    few=() && [[ $device == cpu ]] && few=(-k "lengths")
-    for dtype in float32 bfloat16; do
-      tests "tests/test_devices.py, $dtype" 60 tests/test_devices.py --device "$device" --dtype "$dtype" "${few[@]}"
-    done
-    tests "graph tests" 60 tests/test_fast.py tests/test_captured.py -k "graph or recorded or captured"
+    chosen="test_devices or graph or recorded or captured"
+    [[ $device == cpu ]] && chosen="lengths or recorded"
+    tests "device tests in float32, graph tests" 80 tests/test_devices.py tests/test_captured.py \
+      tests/test_fast.py --device "$device" --dtype float32 -k "$chosen"
+    tests "device tests in bfloat16" 60 tests/test_devices.py --device "$device" --dtype bfloat16 -k "$chosen"
     part "ddp, fsdp and tp on one device" 60 python -m benchmarks.gpu.once engines "$device" "$work"
     ;;
   rest)

@@ -24,10 +24,10 @@ class Lost(Exception):
 class Processes:
     """Calls functions, each in a process of its own, and waits for each as long as it may take."""
 
-    def __init__(self, method: str = "forkserver", preload: tuple[str, ...] = ()):
+    def __init__(self, method: str = "forkserver"):
         self.context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            self.context.set_forkserver_preload(["benchmarks.gpu.sections", *preload])
+            self.context.set_forkserver_preload(["benchmarks.gpu.sections"])
 
     def call(self, function: str, *arguments: Any, limit: float, give: Give) -> Any:
         """What `function` ("module:name") returns for (give, *arguments).

@@ -37,7 +37,12 @@ def smoke(bench: Bench, seconds: float) -> Rows:
     """What the other sections need, each once and small: does it work, and how long is it?"""
     rows: Rows = {}
     small = settings(torch.device("cpu"))
-    graph = bench.clock.is_cuda
+
+    def product() -> str:
+        x = torch.ones(8, 8, device=bench.device)
+        total = float((x @ x).sum())
+        assert total == 8**3, f"ones times ones sum up to {total}, not to {8**3}"
+        return "right"
 
     def train(name: str, **how: Any) -> str:
         step = Step(small[name], bench.device, **how)
@@ -50,21 +55,20 @@ def smoke(bench: Bench, seconds: float) -> Rows:
     def decode() -> str:
         model = make_model(small["B"].config, bench.device).eval()
         prompt = torch.full((2, 3), 3, device=bench.device)
-        tokens, expected = (fast.continued(model, prompt, 6, compiled=c) for c in (graph, False))
-        assert torch.equal(tokens, expected), "compiled, it decodes other tokens"
-        return "the same tokens"
+        same = check_tokens(model, prompt, fast.continued(model, prompt, 6))
+        return f"{same:.0%} of the tokens are the eager decoder's"
 
     def profiled(setting: Setting) -> list[Any]:
         return kernels.profiled(Step(setting, bench.device, compiled=False))[1]
 
     checks = {
-        "product": lambda: f"{float(torch.ones(8, 8, device=bench.device).sum()):.0f} of 64",
+        "product": product,
         "eager step": partial(train, "A", compiled=False),
         "compiled step": partial(train, "B"),
         "decoding": decode,
         "profiler": lambda: f"{len(profiled(small['B']))} kernels",
     }
-    if graph:
+    if bench.clock.is_cuda:
         checks["step as a graph"] = partial(train, "A", compiled=False, captured=True)
     for name, check in checks.items():
         started = time.monotonic()
