@@ -1,25 +1,33 @@
 """A model on disk: a folder with config.json and model.safetensors, for both twins and for others.
 
 Every file is written whole beside its place and then renamed into it, so a crash leaves the old
-file or the new one, never a part.  The config also travels inside model.safetensors, so that
-weights and config are replaced in *one* rename; config.json is there to be read by people and by
-other programs.  Nothing is unpickled: safetensors is a JSON header and raw numbers.
+file or the new one, never a part (storage.py).  The config also travels inside model.safetensors,
+so that weights and config are replaced in *one* rename; config.json is there to be read by people
+and by other programs.  Nothing is unpickled: safetensors is a JSON header and raw numbers.
 
-Imports NumPy, safetensors and the config; no model.
+A checksum of all that is in a safetensors file travels with it, so that a flipped bit is found.
+
+Imports NumPy, safetensors, storage and the config; no model.
 """
 
 import json
+import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from npformer import storage
 from npformer.config import TransformerConfig
 
 CONFIG, MODEL = "config.json", "model.safetensors"
+VERIFIED = 64 << 20  # bytes of numbers: a larger file's checksum takes time, and `verify`
+MODEST, MODEST_LAYERS = 1 << 20, 99  # numbers: so small, it is made to say what does not fit it
+LARGEST_TABLE = 1 << 24  # numbers of sinusoidal positions, of which a file has none
 
 
 class CheckpointError(ValueError):
@@ -41,8 +49,13 @@ def blame(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
     except KeyError as error:
         raise CheckpointError(f"{path}: lacks {error}") from None
-    except (ValueError, TypeError, SafetensorError) as error:
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: {str(error) or 'more than there is memory for'}") from None
+    except (ValueError, TypeError, ArithmeticError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+# --- A model ----------------------------------------------------------------------------------
 
 
 def save(folder: str | Path, config: TransformerConfig, tensors: Mapping[str, np.ndarray]) -> None:
@@ -50,10 +63,15 @@ def save(folder: str | Path, config: TransformerConfig, tensors: Mapping[str, np
     weights, text = Path(folder) / MODEL, config.to_json()
     written = Path(folder) / CONFIG
     data = _to_bytes(weights, tensors, {"config": text})
-    with staged(weights, data) as put_weights, staged(written, text.encode()) as put_config:
+    with (
+        staged(weights, *data) as put_weights,
+        staged(written, text.encode()) as put_config,
+        storage.in_turn(folder),
+    ):
         with blame(written):
-            if written.exists() and written.read_bytes() != text.encode():
-                written.unlink()  # of another model; its weights carry a copy of their own
+            if os.path.isfile(written) and written.read_bytes() != text.encode():
+                # Of another model; its weights carry a copy of their own
+                os.unlink(os.path.realpath(written))
         put_weights()
         put_config()
 
@@ -61,29 +79,87 @@ def save(folder: str | Path, config: TransformerConfig, tensors: Mapping[str, np
 def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     """The config and the tensors of a checkpoint folder.
 
-    Raises CheckpointError if a file is missing, truncated, foreign, or the two do not agree.
+    Raises CheckpointError if a file is missing, truncated, damaged or foreign, or the two do not
+    agree.  Sizes are compared before there is memory for them.
     """
     folder = Path(folder)
+    for _ in range(99):
+        before = _stamp(folder / MODEL)
+        try:
+            return _load(folder)
+        except CheckpointError:
+            if _stamp(folder / MODEL) == before:  # else somebody has saved meanwhile: once more
+                raise
+    return _load(folder)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    with suppress(OSError):
+        about = os.stat(path)
+        return about.st_ino, about.st_mtime_ns, about.st_size
+    return ()
+
+
+def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
+    check_folder(folder)
     weights, written = folder / MODEL, folder / CONFIG
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    tensors, metadata = load_tensors(weights)
-    for name, x in tensors.items():
-        if not np.issubdtype(x.dtype, np.floating):
-            raise CheckpointError(f"{weights}: {name} is {x.dtype}, weights are floating point")
-    config = None
-    if "config" in metadata:  # this copy cannot be out of step with the weights
-        with blame(weights):
+    with _opened(weights) as file:
+        metadata = dict(file.metadata() or {})
+        config = None
+        if "config" in metadata:  # this copy cannot be out of step with the weights
             config = TransformerConfig.from_json(metadata["config"])
-    if config is None or written.exists():
-        with blame(written):
-            found = TransformerConfig.from_json(written.read_text(encoding="utf-8"))
+        if config is None or os.path.lexists(written):
+            found = _read_config(written)
             if config not in (None, found):
                 raise CheckpointError(
                     f"{written}: not the configuration that {MODEL} here was saved with"
                 )
             config = found
+        with blame(folder):
+            names = file.keys()
+            check_size(config, [file.get_slice(name).get_shape() for name in names])
+        tensors = _tensors(file)
+        for name, x in tensors.items():
+            if not np.issubdtype(x.dtype, np.floating):
+                raise ValueError(f"{name} is {x.dtype}, weights are floating point")
+        _check_sum(tensors, metadata, VERIFIED)
     return config, tensors
+
+
+def _read_config(path: Path) -> TransformerConfig:
+    with blame(path):
+        return TransformerConfig.from_json(storage.read(path).decode("utf-8"))
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raises CheckpointError, with the true reason, unless it is a folder."""
+    with blame(folder):
+        try:
+            is_folder = os.path.isdir(folder) or not os.stat(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            is_folder = False
+        if not is_folder:
+            raise CheckpointError(f"{folder}: no such checkpoint folder")
+
+
+def check_size(config: TransformerConfig, shapes: list[list[int]]) -> None:
+    """Raise ValueError for a config of a model that is larger than tensors of these shapes.
+
+    A config of a few bytes asks for as many gigabytes as it likes, so this comes before any model
+    is made.  What is of a modest size is made, and then compared name by name (check_state).
+    """
+    have, n_layers = sum(map(math.prod, shapes)), config.n_encoder_layers + config.n_decoder_layers
+    if config.n_parameters > max(have, MODEST) or n_layers > max(len(shapes), MODEST_LAYERS):
+        raise ValueError(
+            f"the weights do not fit this model: its config makes {config.n_parameters:,} numbers "
+            f"in {n_layers:,} layers, the file has {have:,} in {len(shapes):,} tensors"
+        )
+    table = config.max_len * config.d_model * (2 if config.n_encoder_layers else 1)
+    if config.positions == "sinusoidal" and table > max(have, LARGEST_TABLE):
+        raise ValueError(
+            f"max_len={config.max_len} is too much for a model of {have:,} numbers: its table of "
+            f"positions would have {table:,}, at most {LARGEST_TABLE:,} are made for it"
+        )
 
 
 def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any]) -> None:
@@ -105,79 +181,166 @@ def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Any
             )
 
 
+def check_arrays(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndarray]) -> None:
+    """Raise ValueError unless `state` has exactly the expected names, shapes and dtypes."""
+    check_state({name: x.shape for name, x in expected.items()}, state)
+    for name, x in expected.items():
+        if state[name].dtype != x.dtype:
+            raise ValueError(f"{name} is {state[name].dtype}, here it is {x.dtype}")
+
+
+# --- A file -----------------------------------------------------------------------------------
+
+
 def save_tensors(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
     """Write a safetensors file atomically; `metadata` is a flat dict of strings."""
-    write_atomically(path, _to_bytes(path, tensors, metadata))
+    write_atomically(path, *_to_bytes(path, tensors, metadata))
 
 
 def _to_bytes(
     path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> bytes:
+) -> tuple[Any, ...]:
+    """In parts; the same content is always the same bytes."""
     from safetensors.numpy import save as to_bytes
 
     # safetensors writes the memory of an array as it lies: a transposed view would come back wrong.
     # (np.ascontiguousarray would do, but it turns 0-D into 1-D.)
     arrays = {name: np.asarray(x, order="C") for name, x in tensors.items()}
     with blame(path):
-        return to_bytes(arrays, metadata=dict(metadata))
+        for name, x in arrays.items():
+            if x.dtype.kind not in "fiubc":
+                raise ValueError(f"{name} is {x.dtype}, which safetensors does not have")
+        marked = {**metadata, "checksum": checksum(arrays, metadata)}
+        data = memoryview(to_bytes(arrays, metadata=marked))
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:start]))
+    header["__metadata__"] = dict(sorted(marked.items()))  # the library has them in any order
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little"), text, data[start:]
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Of names, dtypes, shapes, bytes and metadata.
+
+    crc32 finds every burst of up to 32 wrong bits and all but 2^-32 of other damage, at 4 GB/s: 3
+    to 4 times as fast as sha256, which would find no more, because who means harm can compute any.
+    """
+    found = 0
+    for key in sorted(metadata):
+        found = zlib.crc32(f"{key}: {metadata[key]}\n".encode(), found)
+    for name in sorted(tensors):
+        x = np.asarray(tensors[name], order="C")
+        found = zlib.crc32(f"{name} {x.dtype} {x.shape}\n".encode(), found)
+        found = zlib.crc32(x, found)
+    return f"crc32:{found:08x}"
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, of which the header has been read; what goes wrong inside is its."""
     from safetensors import safe_open
 
+    with blame(path):
+        storage.check_regular(path)  # safe_open waits for a FIFO, and calls everything missing
+        with safe_open(path, framework="numpy") as file:
+            yield file
+
+
+def load_tensors(
+    path: str | Path, largest: float = VERIFIED
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Its checksum, if it has one, is verified up to so many bytes.
+    """
+    with _opened(path) as file:
+        tensors, metadata = _tensors(file), dict(file.metadata() or {})
+        _check_sum(tensors, metadata, largest)
+        metadata.pop("checksum", None)
+        return tensors, metadata
+
+
+def _tensors(file: Any) -> dict[str, np.ndarray]:
     tensors = {}
-    with blame(path), safe_open(path, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118
-            kind = file.get_slice(name).get_dtype()
-            if kind.startswith(("BF", "F4", "F6_", "F8")):
-                raise CheckpointError(f"{path}: {name} is {kind}, which NumPy does not have")
-            tensors[name] = file.get_tensor(name)
-        return tensors, dict(file.metadata() or {})
+    for name in file.keys():  # noqa: SIM118
+        kind = file.get_slice(name).get_dtype()
+        if kind.startswith(("BF", "F4", "F6_", "F8")):
+            raise ValueError(f"{name} is {kind}, which NumPy does not have")
+        tensors[name] = file.get_tensor(name)
+    return tensors
+
+
+def _check_sum(
+    tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str], largest: float
+) -> None:
+    """What others wrote, and we before, has none."""
+    saved = metadata.get("checksum")
+    if saved is None or sum(x.nbytes for x in tensors.values()) > largest:
+        return
+    found = checksum(tensors, {key: x for key, x in metadata.items() if key != "checksum"})
+    if found != saved:
+        raise ValueError(f"damaged: its checksum is {found}, and was {saved[:40]}")
+
+
+def verify(path: str | Path) -> None:
+    """Raises CheckpointError for a safetensors file, however large, that has been damaged."""
+    load_tensors(path, math.inf)
 
 
 def save_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
-    """`indent` None: for what is long, five times as fast."""
+    """`indent` None: for what is long, several times as fast."""
     write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
 
 
 def load_json(path: str | Path) -> Any:
     with blame(path):
+        data = storage.read(path)
         try:
-            return json.loads(Path(path).read_text(encoding="utf-8"))
+            return parse_json(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
+def parse_json(text: str) -> Any:
+    """Raises ValueError also for Infinity, NaN and 1e999, which JSON does not have."""
+
+    def finite(text: str) -> float:
+        if not math.isfinite(x := float(text)):
+            raise ValueError(f"{text[:40]} is no number")
+        return x
+
+    return json.loads(text, parse_float=finite, parse_constant=finite)
+
+
+def write_atomically(path: str | Path, *data: Any) -> None:
     """Write beside the place, flush to disk, rename into it: a reader sees the old or the new."""
-    with staged(path, data) as put:
+    with staged(path, *data) as put:
         put()
 
 
-@contextmanager
-def staged(path: str | Path, data: bytes) -> Iterator[Callable[[], None]]:
-    """The file is written, beside its place; calling what this yields renames it into it.
+def write_together(files: Mapping[Path, tuple[Any, ...]]) -> None:
+    """Files of one folder that belong together: all on disk before the first is replaced."""
+    with ExitStack() as stack:
+        puts = [stack.enter_context(staged(path, *data)) for path, data in files.items()]
+        stack.enter_context(storage.in_turn(next(iter(files)).parent))
+        for put in puts:
+            put()
 
-    So that what is likely to fail, as on a full disk, has been done before anything is replaced.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+
+@contextmanager
+def staged(path: str | Path, *data: Any) -> Iterator[Callable[[], None]]:
+    """The file is written, beside its place; calling what this yields renames it into it."""
+    with blame(path):
+        file = storage.stage(path, *data)
 
     def put() -> None:
         with blame(path):
-            os.replace(temporary, path)
+            file.put()
 
     try:
-        with blame(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
         yield put
     finally:
-        with suppress(OSError):  # it is in its place, or it was never written
-            temporary.unlink()
+        file.drop()

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import os
 import sys
 import time
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except BrokenPipeError:  # the reader (head, less) has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute()
         return 0
     except (ValueError, TypeError, OSError, MemoryError, MissingError) as error:
         message = " ".join(str(error).split())
@@ -69,6 +70,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=_positive, help="training steps (default 1500)")
     demo.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
     demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument(
+        "--overwrite", action="store_true", help="replace the run in --out, whatever it is"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -86,7 +90,11 @@ def parser() -> argparse.ArgumentParser:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for --backend torch"
     )
     train.add_argument("--steps", type=_positive, help="stop after so many steps")
-    train.add_argument("--minutes", type=_positive_float, help="stop after so much time")
+    train.add_argument(
+        "--minutes",
+        type=_positive_float,
+        help="stop after so much time, with that of the sessions before a --resume",
+    )
     train.add_argument(
         "--patience", type=_positive, help="stop after so many evaluations without a better one"
     )
@@ -114,7 +122,15 @@ def parser() -> argparse.ArgumentParser:
         "holds the memory of a step for each of some lengths (default: on CUDA)",
     )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
-    train.add_argument("--resume", metavar="DIR", help="go on with the run in this folder")
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace the run in --out, and nothing else there"
+    )
+    train.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder, for as long as it was to go on; --steps, "
+        "--minutes and --patience say otherwise",
+    )
     train.set_defaults(run=run_train)
 
     check = commands.add_parser(
@@ -264,7 +280,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run_demo(options: argparse.Namespace) -> int:
     started = time.perf_counter()
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     task = tasks.load("sort")
     config, recipe = presets.build(task, presets.settings(task, "demo"))
     recipe = replace(recipe, steps=options.steps or recipe.steps)
@@ -280,6 +296,7 @@ def run_demo(options: argparse.Namespace) -> int:
             seed=options.seed,
             minutes=1.0,  # on a slow machine the schedule is shortened to fit
             about={"preset": "demo", "config": config.to_json()},
+            overwrite=options.overwrite or _is_demo(Path(options.out)),
             report=report,
         )
     if outcome.ended == "interrupted":
@@ -321,50 +338,44 @@ def run_demo(options: argparse.Namespace) -> int:
 
 
 def run_train(options: argparse.Namespace) -> int:
-    say = _quiet if options.json else print
+    say = _quiet if options.json else _say
     if options.resume:
-        folder, about = Path(options.resume), training.load_run(options.resume)
-        earlier = {"threads": None, "precision": "float32", "compile": False, "capture": None}
-        about = earlier | about  # of an earlier version
-        for name in ("task", "backend", "seed", "threads", "precision"):
-            if getattr(options, name) not in (None, about[name]):
-                raise ValueError(f"the run in {folder} has {name} {about[name]}")
-        if options.compile and not about["compile"]:
-            raise ValueError(f"the run in {folder} is not compiled")
-        if options.capture not in (None, about["capture"]):
-            raise ValueError("--resume goes on as it began: no --capture, no --no-capture")
-        if options.preset or options.config or options.out:
-            raise ValueError("--resume goes on as it began: no --preset, --config or --out")
+        folder, about = Path(options.resume), _as_it_began(options)
         with blame(folder / training.RUN):
             task = tasks.load(about["task"])
             config = npformer.TransformerConfig.from_json(about["config"])
             recipe = training.Recipe(**about["recipe"])
-        backend, seed, threads = about["backend"], about["seed"], about["threads"]
     else:
         if options.task is None:
             raise ValueError(f"which task? one of {', '.join(tasks.NAMES)}")
         task = tasks.load(options.task)
         chosen = presets.settings(task, options.preset or "default", options.config)
         config, recipe = presets.build(task, chosen)
-        backend, seed, threads = options.backend or "numpy", options.seed or 0, options.threads
         folder = Path(options.out) if options.out else _free_folder(task.name)
-        if (folder / training.RUN).exists():
-            raise ValueError(f"{folder} holds a run: --resume {folder}, or give another --out")
+        if (folder / training.RUN).exists() and not options.overwrite:
+            raise ValueError(
+                f"{folder} holds a run: --resume {folder}, --overwrite, or give another --out"
+            )
         about = {"preset": options.preset or "default", "config": config.to_json()}
-        about |= {"threads": threads, "precision": options.precision or "float32"}
+        about |= {"backend": options.backend or "numpy", "seed": options.seed or 0}
+        about |= {"threads": options.threads, "precision": options.precision or "float32"}
         about |= {"compile": options.compile, "capture": options.capture}
+        about |= {"plan": {"minutes": None, "patience": None}}
+    plan, seed = about["plan"], about["seed"]
     if seed < 0:
         raise ValueError(f"--seed must not be negative, got {seed}")
-    if options.steps:
-        recipe = replace(recipe, steps=options.steps)
-    elif options.minutes:
-        recipe = replace(recipe, steps=10**9)
+    if options.steps or options.minutes:  # else as the run began
+        plan["minutes"] = options.minutes
+        recipe = replace(recipe, steps=options.steps or NO_LIMIT)
+    if options.patience:
+        plan["patience"] = options.patience
     keep_freed_memory()
     engine = (options.device, about["precision"], about["compile"], about["capture"])
-    trainer = _trainer(backend, config, recipe, seed, threads, engine)
+    trainer = _trainer(about["backend"], config, recipe, seed, about["threads"], engine)
     say(
-        f"Training {task.name} with {backend}: {config.n_encoder_layers}+{config.n_decoder_layers} "
-        f"layers, d_model {config.d_model}, {_count(trainer.weights())} parameters -> {folder}"
+        f"Training {task.name} with {about['backend']}: {config.n_encoder_layers}+"
+        f"{config.n_decoder_layers} layers, d_model {config.d_model}, "
+        f"{_count(trainer.weights())} parameters -> {folder}"
     )
     with _reporter(task, options.json) as report:
         outcome = training.run(
@@ -373,13 +384,14 @@ def run_train(options: argparse.Namespace) -> int:
             folder,
             recipe=recipe,
             seed=seed,
-            minutes=options.minutes,
-            patience=options.patience,
+            minutes=plan["minutes"],
+            patience=plan["patience"],
             about=about,
             resume=bool(options.resume),
+            overwrite=options.overwrite,
             report=report,
         )
-    drawn = draw_history(outcome.progress.history, task, folder / "loss.png")
+    drawn = draw_history(outcome.progress.history, task, folder / training.LOSS_CURVE)
     progress = outcome.progress
     if outcome.ended == "interrupted":
         say(f"Stopped at step {progress.step}.  Go on with: npformer train --resume {folder}")
@@ -389,13 +401,40 @@ def run_train(options: argparse.Namespace) -> int:
             f"{progress.best_step}.  Held-out test data: {_percentages(outcome.scores)}"
         )
         if drawn:
-            say(f"Loss curve: {folder / 'loss.png'}")
+            say(f"Loss curve: {folder / training.LOSS_CURVE}")
         say(f"Next: npformer predict {folder} {_example(task)}    npformer check {folder}")
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
         print(json.dumps(summary | outcome.scores, indent=2))
     return 130 if outcome.ended == "interrupted" else 0
+
+
+NO_LIMIT = 10**9  # steps: the time ends the run
+
+
+def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
+    """What run.json says of the run to resume.  Raises ValueError where an option differs from it.
+
+    `plan` is how long it was to go on; what the command line says of that comes first.
+    """
+    folder = Path(options.resume)
+    earlier = {"threads": None, "precision": "float32", "compile": False, "capture": None}
+    about = earlier | {"plan": {}} | training.load_run(folder)  # of an earlier version
+    plan = about["plan"] = {"minutes": None, "patience": None} | about["plan"]
+    has_end = about["recipe"].get("steps") != NO_LIMIT or plan["minutes"]
+    if not (has_end or options.steps or options.minutes):
+        raise ValueError(f"the run in {folder} was to end with its time: say --minutes or --steps")
+    for name in ("task", "backend", "seed", "threads", "precision"):
+        if getattr(options, name) not in (None, about[name]):
+            raise ValueError(f"the run in {folder} has {name} {about[name]}")
+    if options.compile and not about["compile"]:
+        raise ValueError(f"the run in {folder} is not compiled")
+    if options.capture not in (None, about["capture"]):
+        raise ValueError("--resume goes on as it began: no --capture, no --no-capture")
+    if options.preset or options.config or options.out or options.overwrite:
+        raise ValueError("--resume goes on as it began: no --preset, --config, --out, --overwrite")
+    return about
 
 
 def run_check(options: argparse.Namespace) -> int:
@@ -788,6 +827,11 @@ def _need_torch(what: str) -> None:
         raise MissingError(f"{what}, and torch is not installed: {GET_TORCH}") from None
 
 
+def _is_demo(folder: Path) -> bool:
+    """Does the folder hold a run of `npformer demo`?  The command can be typed twice."""
+    return (folder / training.RUN).exists() and training.load_run(folder).get("preset") == "demo"
+
+
 def _free_folder(name: str) -> Path:
     """runs/NAME, or the first of runs/NAME-2, -3, ... that holds no run."""
     folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
@@ -820,6 +864,19 @@ def _quiet(*_: object) -> None:
     pass
 
 
+def _say(text: str) -> None:
+    """Print what a long work has to say; it goes on where nobody listens any more (`| head -1`)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _mute()
+        print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
+
+
+def _mute() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # --- Progress ---------------------------------------------------------------------------------
 
 
@@ -840,7 +897,8 @@ class _Quiet(training.Silent):
 class _Lines(_Quiet):
     """A line for each evaluation: for logs and pipes."""
 
-    last: dict[str, float]
+    def __init__(self):
+        self.last = {"loss": math.nan, "tokens_per_second": math.nan}  # before the first step
 
     def step(self, entry):
         self.last = entry
@@ -850,10 +908,9 @@ class _Lines(_Quiet):
         mark = "  (best so far)" if is_best else ""
         if n := entry.get("averaged"):
             mark = f"  (the last {n} weights averaged){mark}"
-        print(
+        _say(
             f"   step {entry['step']:>6}  {entry['seconds']:6.0f} s  loss {self.last['loss']:.3f}  "
-            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}",
-            flush=True,
+            f"{self.last['tokens_per_second']:,.0f} tokens/s  {_percentages(scores)}{mark}"
         )
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 FORMAT_VERSION = 1  # of config.json
+LARGEST = 2**31 - 1  # of a size: whatever comes of two of them is an integer of NumPy and of torch
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TransformerConfig:
         for name in ("tgt_vocab_size", "d_model", "n_heads", "d_ff", "n_decoder_layers", "max_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{field.name} must be at most {LARGEST}, got {_shown(value)}")
         if self.n_encoder_layers < 0:
             raise ValueError(f"n_encoder_layers must be at least 0, got {self.n_encoder_layers}")
         if self.d_model % self.n_heads:
@@ -78,6 +83,23 @@ class TransformerConfig:
     @property
     def d_head(self) -> int:  # D
         return self.d_model // self.n_heads
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers a model of this shape has; the same in both twins."""
+        C, F, with_memory = self.d_model, self.d_ff, self.n_encoder_layers > 0
+        attention, feed_forward = 4 * (C * C + C), F * C + F + C * F + C
+        norm = 2 * C
+        layer = attention + feed_forward + 2 * norm
+        n = self.n_encoder_layers * layer
+        n += self.n_decoder_layers * (layer + with_memory * (attention + norm))
+        n += self.tgt_vocab_size * C
+        n += 0 if self.tie_head else C * self.tgt_vocab_size + self.tgt_vocab_size
+        n += with_memory * (not self.share_embeddings) * self.src_vocab_size * C
+        n_stacks = 1 + with_memory
+        n += n_stacks * norm if self.final_norm else 0
+        n += n_stacks * self.max_len * C if self.positions == "learned" else 0
+        return n
 
     def to_json(self) -> str:
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
@@ -113,4 +135,10 @@ def _check_type(name: str, value: Any, default_type: type) -> None:
     else:
         expected, ok = "an integer", isinstance(value, int) and not isinstance(value, bool)
     if not ok:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ValueError(f"{name} must be {expected}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """In a message: not all of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."

@@ -17,12 +17,12 @@ What is in the folder
 import json
 import math
 import platform
-import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, schedules
+from npformer import checkpoint, schedules, storage
 from npformer.checkpoint import CheckpointError
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
@@ -41,6 +41,7 @@ from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
 RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
+LOSS_CURVE = "loss.png"  # the command line's
 
 
 @dataclass(frozen=True)
@@ -144,18 +145,31 @@ class Trainer:
     def load_weights(self, state: Mapping[str, Array]) -> None:
         self.model.load_state_dict(state)
 
+    @property
+    def rngs(self) -> list[Rng]:
+        return self.threads.rngs if self.threads else [self.rng]
+
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """All that the next step depends on besides the weights: arrays, and what JSON can hold."""
-        rngs = self.threads.rngs if self.threads else [self.rng]
-        return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in rngs]}
+        return self.optimizer.state_dict(), {"rng": [rng.bit_generator.state for rng in self.rngs]}
 
-    def load_state(self, arrays: Mapping[str, Array], values: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(arrays)
-        rngs = self.threads.rngs if self.threads else [self.rng]
-        if len(values["rng"]) != len(rngs):
-            n = len(values["rng"])
+    def load(
+        self, weights: Mapping[str, Array], arrays: Mapping[str, Array], values: Mapping[str, Any]
+    ) -> None:
+        """Go on from these `weights` and this `state`: all of it is compared before any is loaded.
+
+        Raises ValueError where they are another model's or another optimizer's.
+        """
+        checkpoint.check_arrays(self.weights(), weights)
+        checkpoint.check_arrays(self.optimizer.state_dict(), arrays)
+        states, n = values["rng"], len(values["rng"])
+        if n != len(self.rngs):
             raise ValueError(f"the run was trained with {n} thread{'s' if n > 1 else ''}")
-        for rng, state in zip(rngs, values["rng"], strict=True):
+        for state in states:
+            np.random.default_rng(0).bit_generator.state = state  # one that NumPy takes
+        self.load_weights(weights)
+        self.optimizer.load_state_dict(arrays)
+        for rng, state in zip(self.rngs, states, strict=True):
             rng.bit_generator.state = state
 
 
@@ -181,7 +195,49 @@ class Progress:
     seconds: float = 0.0  # spent training, over all its sessions
     best: float | None = None  # the task's metric at the best checkpoint
     best_step: int = 0
+    since_best: int = 0  # evaluations without a better one
+    recent: list[int] = field(default_factory=list)  # the steps whose weights are in recent/
     history: dict[str, list] = field(default_factory=lambda: {"steps": [], "evaluations": []})
+
+    def __post_init__(self):
+        """Raises ValueError for what no run has written: a file brings anything."""
+        counts = (self.step, self.best_step, self.since_best, *_listed(self.recent))
+        if not all(_is_count(n) for n in counts):
+            raise ValueError("the progress has a step that is no step")
+        if not (_is_number(self.seconds) and 0 <= self.seconds < math.inf):
+            raise ValueError(f"the progress has {self.seconds!r} seconds")
+        if not (self.best is None or _is_number(self.best)):
+            raise ValueError(f"the progress has the best score {self.best!r}")
+        history = self.history if isinstance(self.history, dict) else {}
+        entries = [*_listed(history.get("steps")), *_listed(history.get("evaluations"))]
+        if set(history) != {"steps", "evaluations"} or not all(
+            isinstance(e, dict) and _is_count(e.get("step")) and all(map(_is_number, e.values()))
+            for e in entries
+        ):
+            raise ValueError("the progress has a history that is none")
+
+    @classmethod
+    def from_json(cls, text: str) -> "Progress":
+        values = json.loads(text)
+        names = {f.name for f in fields(cls)}
+        later = {"since_best", "recent"}  # than the first version
+        if not (isinstance(values, dict) and names - later <= set(values) <= names):
+            raise ValueError("not a run of this version")
+        return cls(**values)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Have the weights of this step been scored?"""
+        evaluations = self.history["evaluations"]
+        return bool(evaluations) and evaluations[-1]["step"] == self.step
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]  # what is no list is no count either
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
 
 @dataclass
@@ -205,126 +261,267 @@ def run(
     target: float | None = None,
     about: Mapping[str, Any] | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     report: Reporter | None = None,
     test_examples: int | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Outcome:
     """Train for `recipe.steps` or `minutes`, what ends first; the best checkpoint is in `folder`.
 
     `patience`: stop after that many evaluations without a better score; `target`: stop at a score
     that good.  Where the time will end first, the schedule is stretched to end with it.  Ctrl-C
-    saves and returns.  With `resume` the run in `folder` goes on where it stopped, and ends with
-    the same weights, bit for bit, as one that never stopped.
+    (or a SIGTERM) saves and returns.  With `resume` the run in `folder` goes on where it stopped,
+    was interrupted or was killed, and ends with the same best checkpoint and the same weights, bit
+    for bit, as one that never stopped (where no `minutes` limit it: no clock ticks the same twice).
+
+    A folder that holds a run is refused, unless it is resumed, or `overwrite` removes that run's
+    files first; nothing that a run did not write is touched.
+
+    clock   seconds, from any start
     """
-    folder, report = Path(folder), report or Silent()
-    progress = _resume(trainer, folder, seed, recipe) if resume else Progress()
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
+    about |= {"plan": {"minutes": minutes, "patience": patience, "target": target}}
     about |= {"recipe": asdict(recipe), "versions": versions()}
-    checkpoint.save_json(folder / RUN, about)  # a folder that cannot be written fails here already
-    if not resume:
-        shutil.rmtree(folder / RECENT, ignore_errors=True)
-    dev = _spread(task.dev(), recipe.dev_examples)
-    evaluations = progress.history["evaluations"]
-    session = _Clock(progress.seconds)
-    since_best, ended = 0, "done"
+    about.pop("results", None)  # of the run as it ended before
+    folder, report = Path(folder), report or Silent()
+    with ExitStack() as held:
+        with checkpoint.blame(folder):
+            held.enter_context(storage.lock(folder))
+        run = _Run(trainer, task, folder, recipe, about, report, clock, test_examples)
+        run.begin(resume, overwrite)
+        ended = run.train()
+        scores = {} if ended == "interrupted" else run.finish(ended)
+        return Outcome(ended, run.progress, scores)
 
-    def evaluate(**about) -> bool:
-        """Score the weights as they are; save them if they are the best so far."""
-        entry = {"step": progress.step, "seconds": session.seconds()}
-        entry |= score(trainer.answer, task, dev)
-        entry |= about
-        is_best = task.better(entry[task.metric], progress.best)
+
+@dataclass
+class _Run:
+    """What `run` is in the middle of."""
+
+    trainer: Any
+    task: Task
+    folder: Path
+    recipe: Recipe
+    about: dict[str, Any]
+    report: Reporter
+    clock: Callable[[], float]
+    test_examples: int | None
+
+    def begin(self, resume: bool, overwrite: bool) -> None:
+        """Where it goes on, or its first files; a folder that cannot be written fails here."""
+        self.dev = _spread(self.task.dev(), self.recipe.dev_examples)
+        self.progress = Progress()
+        if resume and has_begun(self.folder):
+            self.progress = self._load()
+        elif not resume:
+            make_room(self.folder, overwrite)
+        checkpoint.save_json(self.folder / RUN, self.about)
+        self.started = self.clock() - self.progress.seconds
+        if self.progress.step == 0:
+            self.save()  # from now on there is something to go on from
+        self._forget()  # what was left by a run that was killed
+
+    def train(self) -> str:
+        """Step by step to the end, or to an interruption; says which."""
+        progress, recipe, report = self.progress, self.recipe, self.report
+        batches = self.trainer.batches(self.task, progress.step + 1, int(self.about["seed"]))
+        with _graceful_interrupt() as interrupted:
+            while not (ended := self.why_it_ends()):
+                is_due = progress.step > 0 and progress.step % recipe.evaluate_every == 0
+                if is_due and not progress.is_evaluated:
+                    self.evaluate_and_save()
+                    continue
+                entry = self.take_step(next(batches))
+                progress.step += 1
+                progress.history["steps"].append(entry)
+                report.step(entry)
+                if interrupted():
+                    self.save()  # no evaluation: a run that never stopped would not have it
+                    return "interrupted"
+            if not progress.is_evaluated:
+                self.evaluate_and_save()
+        return ended
+
+    def finish(self, ended: str) -> dict[str, float]:
+        """The last weights averaged, where the recipe says so; the best tested."""
+        trainer, task, progress = self.trainer, self.task, self.progress
+        if self.recipe.average > 1 and "averaged" not in progress.history["evaluations"][-1]:
+            last = trainer.weights()
+            trainer.load_weights(self._average())
+            self.evaluate(averaged=len(progress.recent))
+            trainer.load_weights(last)  # those that more steps would go on from
+            self.save()
+        _, best = checkpoint.load(self.folder)
+        trainer.load_weights(best)
+        test = _spread(task.test(), self.test_examples) if self.test_examples else task.test()
+        scores = score(trainer.answer, task, test)
+        results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
+        checkpoint.save_json(
+            self.folder / HISTORY, progress.history | {"test": scores}, indent=None
+        )
+        checkpoint.save_json(self.folder / RUN, self.about | {"results": results | scores})
+        return scores
+
+    def seconds(self) -> float:
+        return self.clock() - self.started
+
+    def used(self) -> float:
+        """The part of the time that is over."""
+        minutes = self.about["plan"]["minutes"]
+        return 0.0 if minutes is None else self.seconds() / (60 * minutes)
+
+    def why_it_ends(self) -> str | None:
+        plan, progress = self.about["plan"], self.progress
+        if progress.step >= self.recipe.steps:
+            return "done"
+        if self.used() >= 1:
+            return "time"
+        is_good = plan["target"] is not None and progress.best is not None
+        if is_good and not self.task.better(plan["target"], progress.best):
+            return "early"
+        if plan["patience"] is not None and progress.since_best >= plan["patience"]:
+            return "early"
+        return None
+
+    def take_step(self, batch: Batch) -> dict[str, float]:
+        """One update of the weights, and what there is to say about it."""
+        step, total, used = self.progress.step + 1, self.recipe.steps, self.used()
+        if step > 20 and used:  # the schedule's end is where the time will be up
+            total = min(total, max(step, math.ceil((step - 1) / used)))
+        rate = self.recipe.schedule_for(self.trainer.config, total)(step)
+        before = self.clock()
+        loss = self.trainer.step(batch, rate)
+        took = self.clock() - before
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} at step {step}: try a lower rate; the best checkpoint so far "
+                f"is kept in {self.folder}"
+            )
+        n_tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
+        return {
+            "step": step,
+            "total": total,
+            "loss": loss,
+            "rate": rate,
+            "tokens_per_second": n_tokens / took if took else 0.0,
+            "seconds": self.seconds(),
+        }
+
+    def evaluate(self, **how: int) -> None:
+        """Score the weights as they are; keep them if they are the best so far."""
+        progress, metric = self.progress, self.task.metric
+        entry = {"step": progress.step, "seconds": self.seconds()}
+        entry |= score(self.trainer.answer, self.task, self.dev) | how
+        is_best = self.task.better(entry[metric], progress.best)
+        progress.since_best += 1
         if is_best:
-            progress.best, progress.best_step = entry[task.metric], progress.step
-            checkpoint.save(folder, trainer.config, trainer.weights())
-        evaluations.append(entry)
-        progress.seconds = session.seconds()
-        _save_resume(trainer, folder, progress, seed, recipe)
-        checkpoint.save_json(folder / HISTORY, progress.history, indent=None)
-        report.evaluation(entry, is_best)
-        return is_best
+            progress.best, progress.best_step, progress.since_best = entry[metric], entry["step"], 0
+            checkpoint.save(self.folder, self.trainer.config, self.trainer.weights())
+        progress.history["evaluations"].append(entry)
+        self.report.evaluation(entry, is_best)
 
-    total = recipe.steps
-    batches = trainer.batches(task, progress.step + 1, seed)
-    with _graceful_interrupt() as interrupted:
-        while progress.step < total:
-            if minutes is not None:
-                used = session.seconds() / (60 * minutes)
-                if used >= 1:
-                    ended = "time"
-                    break
-                if progress.step >= 20:  # the schedule's end is where the time will be up
-                    reachable = max(progress.step + 1, math.ceil(progress.step / used))
-                    total = min(recipe.steps, reachable)
-            batch = next(batches)
-            step = progress.step + 1
-            rate = recipe.schedule_for(trainer.config, total)(step)
-            started = time.perf_counter()
-            loss = trainer.step(batch, rate)
-            tokens = int((batch.src != PAD).sum() + (batch.tgt_out != PAD).sum())
-            entry = {
-                "step": step,
-                "total": total,
-                "loss": loss,
-                "rate": rate,
-                "tokens_per_second": tokens / (time.perf_counter() - started),
-                "seconds": session.seconds(),
-            }
-            if not math.isfinite(loss):
-                raise ValueError(
-                    f"the loss is {loss} at step {step}: try a lower rate; the best checkpoint so "
-                    f"far is kept in {folder}"
-                )
-            progress.step = step
-            progress.history["steps"].append(entry)
-            report.step(entry)
-            if interrupted():
-                ended = "interrupted"
-                break
-            if step % recipe.evaluate_every == 0 and step < total:
-                _keep(trainer, folder / RECENT, step, recipe.average)
-                since_best = 0 if evaluate() else since_best + 1
-                if target is not None and not task.better(target, progress.best):
-                    ended = "early"
-                    break
-                if patience is not None and since_best >= patience:
-                    ended = "early"
-                    break
-        if not evaluations or evaluations[-1]["step"] != progress.step:
-            if ended != "interrupted":
-                _keep(trainer, folder / RECENT, progress.step, recipe.average)
-            evaluate()
-    averaged = bool(evaluations) and "averaged" in evaluations[-1]
-    if recipe.average > 1 and ended != "interrupted" and not averaged:
-        trainer.load_weights(_average(folder / RECENT))
-        evaluate(averaged=recipe.average)
-    if ended == "interrupted":
-        return Outcome(ended, progress, {})
-    _, best = checkpoint.load(folder)
-    trainer.load_weights(best)
-    test = _spread(task.test(), test_examples) if test_examples else task.test()
-    scores = score(trainer.answer, task, test)
-    results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
-    checkpoint.save_json(folder / RUN, about | {"results": results | scores})
-    checkpoint.save_json(folder / HISTORY, progress.history | {"test": scores}, indent=None)
-    return Outcome(ended, progress, scores)
+    def evaluate_and_save(self) -> None:
+        # In this order: whoever is killed on the way evaluates once more, with the same result
+        self._keep()
+        self.evaluate()
+        self.save()
+        self._forget()
+
+    def save(self) -> None:
+        """Weights, optimizer, random numbers and progress in one file: none is out of step."""
+        self.progress.seconds = self.seconds()
+        arrays, values = self.trainer.state()
+        tensors = {f"model.{name}": x for name, x in self.trainer.weights().items()}
+        tensors |= {f"state.{name}": x for name, x in arrays.items()}
+        metadata = {
+            "task": self.task.name,
+            "backend": self.trainer.backend,
+            "config": self.trainer.config.to_json(),
+            "recipe": json.dumps(asdict(self.recipe)),
+            "seed": str(self.about["seed"]),
+            "progress": json.dumps(vars(self.progress)),
+            "values": json.dumps(values),
+        }
+        checkpoint.save_tensors(self.folder / RESUME, tensors, metadata)
+        checkpoint.save_json(self.folder / HISTORY, self.progress.history, indent=None)
+
+    def _load(self) -> Progress:
+        """Put the trainer where the run stopped.
+
+        Raises CheckpointError for another run, or for a state that does not fit; then nothing has
+        been loaded, and nothing written.
+        """
+        path = self.folder / RESUME
+        tensors, metadata = checkpoint.load_tensors(path)
+        with checkpoint.blame(path):
+            for name in ("task", "backend", "seed"):
+                if metadata[name] != str(self.about[name]):
+                    ours = self.about[name]
+                    raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
+            if TransformerConfig.from_json(metadata["config"]) != self.trainer.config:
+                raise ValueError("the run has another model configuration")
+            theirs, ours = Recipe(**json.loads(metadata["recipe"])), asdict(self.recipe)
+            for name, value in asdict(theirs).items():
+                if name != "steps" and ours[name] != value:  # more steps may be wanted
+                    raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
+            progress = Progress.from_json(metadata["progress"])
+            parts: dict[str, dict[str, Array]] = {"model": {}, "state": {}}
+            for name, x in tensors.items():
+                part, _, rest = name.partition(".")
+                parts[part][rest] = x
+            self.trainer.load(parts["model"], parts["state"], json.loads(metadata["values"]))
+            return progress
+
+    def _keep(self) -> None:
+        """The weights at this step beside those of the evaluations before it, to be averaged."""
+        n, progress = self.recipe.average, self.progress
+        if n > 1:
+            path = _snapshot(self.folder, progress.step)
+            checkpoint.save_tensors(path, self.trainer.weights(), {})
+            progress.recent = [*progress.recent, progress.step][-n:]
+
+    def _forget(self) -> None:
+        """Remove the weights that will not be averaged; after the save that says so."""
+        for step in _snapshots(self.folder):
+            if step not in self.progress.recent:
+                _snapshot(self.folder, step).unlink()
+
+    def _average(self) -> dict[str, Array]:
+        """Their mean: nearer to the middle of the valley than any of them.
+
+        [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
+        """
+        paths = [_snapshot(self.folder, step) for step in self.progress.recent]
+        kept = [checkpoint.load_tensors(path)[0] for path in paths]
+        return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
 
 
-def _keep(trainer, folder: Path, step: int, n: int) -> None:
-    """The weights at this step beside those of the n - 1 evaluations before it; older ones go."""
-    if n < 2:
+def has_begun(folder: Path) -> bool:
+    """Is there anything to go on from?  Killed before its first save, a run has its name only."""
+    return any((folder / name).exists() for name in (RESUME, checkpoint.MODEL, HISTORY))
+
+
+def make_room(folder: Path, overwrite: bool) -> None:
+    """Remove the run in `folder`, if that is wanted.  Raises ValueError where it is not."""
+    if not (folder / RUN).exists():
         return
-    checkpoint.save_tensors(folder / f"{step:08d}.safetensors", trainer.weights(), {})
-    for old in sorted(folder.glob("*.safetensors"))[:-n]:
-        old.unlink()
+    if not overwrite:
+        raise ValueError(f"{folder} holds a run: resume it, overwrite it, or take another folder")
+    load_run(folder)  # it is ours, or it is refused
+    for step in _snapshots(folder):
+        _snapshot(folder, step).unlink()
+    for name in (RESUME, HISTORY, checkpoint.MODEL, checkpoint.CONFIG, LOSS_CURVE):
+        (folder / name).unlink(missing_ok=True)
 
 
-def _average(folder: Path) -> dict[str, Array]:
-    """The mean of the weights in that folder: nearer to the middle of the valley than any of them.
+def _snapshot(folder: Path, step: int) -> Path:
+    return folder / RECENT / f"{step:08d}.safetensors"
 
-    [Vaswani et al. 2017, § 6.1] does so with the last checkpoints.
-    """
-    kept = [checkpoint.load_tensors(path)[0] for path in sorted(folder.glob("*.safetensors"))]
-    return {name: np.mean([x[name] for x in kept], axis=0) for name in kept[0]}
+
+def _snapshots(folder: Path) -> list[int]:
+    """The steps of which the folder has the weights; what is named otherwise is not ours."""
+    names = [path.stem for path in (folder / RECENT).glob("*.safetensors")]
+    return sorted(int(name) for name in names if name.isdecimal() and len(name) >= 8)
 
 
 def score(
@@ -353,72 +550,32 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
     return [examples[i * len(examples) // n] for i in range(n)]
 
 
-class _Clock:
-    def __init__(self, seconds_before: float):
-        self.start = time.perf_counter() - seconds_before
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-
 @contextmanager
 def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C is noted and acted on between steps, the second one is as usual."""
-    seen = []
+    """The first Ctrl-C or SIGTERM is noted and acted on between steps, the second one is as usual.
+
+    What else handles these signals is called as well, and is there again afterwards.
+    """
+    seen: list[int] = []
+    before: dict[int, Any] = {}
 
     def note(signum, frame):
         if seen:
             raise KeyboardInterrupt
         seen.append(signum)
+        usual = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
+        if before[signum] not in usual:
+            before[signum](signum, frame)
 
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not the main thread: somebody else handles signals
-        yield lambda: False
-        return
+    if threading.current_thread() is threading.main_thread():  # else somebody else handles signals
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` ask for
+                before[signum] = signal.signal(signum, note)
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _save_resume(trainer, folder: Path, progress: Progress, seed: int, recipe: Recipe) -> None:
-    """Weights, optimizer, random numbers and progress in one file, so that none is out of step."""
-    arrays, values = trainer.state()
-    tensors = {f"model.{name}": x for name, x in trainer.weights().items()}
-    tensors |= {f"state.{name}": x for name, x in arrays.items()}
-    metadata = {
-        "backend": trainer.backend,
-        "config": trainer.config.to_json(),
-        "recipe": json.dumps(asdict(recipe)),
-        "seed": str(seed),
-        "progress": json.dumps(vars(progress)),  # asdict would copy a long history first
-        "values": json.dumps(values),
-    }
-    checkpoint.save_tensors(folder / RESUME, tensors, metadata)
-
-
-def _resume(trainer, folder: Path, seed: int, recipe: Recipe) -> Progress:
-    tensors, metadata = checkpoint.load_tensors(folder / RESUME)
-    with checkpoint.blame(folder / RESUME):
-        if metadata["backend"] != trainer.backend:
-            raise CheckpointError(
-                f"{folder / RESUME}: the run was trained with --backend {metadata['backend']}"
-            )
-        if TransformerConfig.from_json(metadata["config"]) != trainer.config:
-            raise CheckpointError(f"{folder / RESUME}: the run has another model configuration")
-        if metadata["seed"] != str(seed):
-            raise CheckpointError(f"{folder / RESUME}: the run has the seed {metadata['seed']}")
-        names = {f.name for f in fields(Progress)}
-        progress = json.loads(metadata["progress"])
-        if set(progress) != names:
-            raise CheckpointError(f"{folder / RESUME}: not a run of this version")
-        part = lambda prefix: {  # noqa: E731
-            name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)
-        }
-        trainer.load_weights(part("model."))
-        trainer.load_state(part("state."), json.loads(metadata["values"]))
-        return Progress(**progress)
+        for signum, handler in before.items():
+            signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def load_run(folder: str | Path) -> dict[str, Any]:
@@ -429,7 +586,26 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     about = checkpoint.load_json(folder / RUN)
     if not isinstance(about, dict) or not {"task", "backend", "seed", "recipe"} <= set(about):
         raise CheckpointError(f"{folder / RUN}: does not say what was trained")
+    threads, plan = about.get("threads"), about.get("plan", {})
+    for name, is_right in (
+        ("task", isinstance(about["task"], str)),
+        ("backend", about["backend"] in ("numpy", "torch")),
+        ("seed", _is_count(about["seed"])),
+        ("config", isinstance(about.get("config", ""), str)),
+        ("recipe", isinstance(about["recipe"], dict)),
+        ("threads", threads is None or (_is_count(threads) and threads > 0)),
+        ("precision", about.get("precision") in (None, "float32", "bfloat16")),
+        ("compile", isinstance(about.get("compile"), bool | None)),
+        ("capture", isinstance(about.get("capture"), bool | None)),
+        ("plan", isinstance(plan, dict) and all(_is_limit(x) for x in plan.values())),
+    ):
+        if not is_right:
+            raise CheckpointError(f"{folder / RUN}: {name} cannot be {about[name]!r}")
     return about
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (_is_number(value) and 0 < value < math.inf)
 
 
 def versions() -> dict[str, str]:

@@ -98,8 +98,7 @@ def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(recorded):
     again = trainer_of(True, 0.1)
     for batch in batches[:7]:  # of another life: what was recorded is of no use
         again.step(batch, RATE)
-    again.load_weights(weights)
-    again.load_state(*state)
+    again.load(weights, *state)
     assert again.captured is not None
     assert not again.captured.graphs
     assert [again.step(batch, RATE) for batch in batches[12:]] == losses

@@ -133,7 +133,7 @@ def test_every_tensor_is_written_and_read_bit_for_bit(tensors, metadata):
         assert os.listdir(folder) == ["x.safetensors"]
     assert found == metadata
     by_the_rules, found = read(raw)
-    assert found == metadata
+    assert found == metadata | {"checksum": checkpoint.checksum(tensors, metadata)}
     for read_back in (ours, by_the_rules, safetensors.numpy.load(raw)):
         assert_same_bits({name: read_back[name] for name in tensors}, tensors)
     for name, x in safetensors.torch.load(raw).items():
@@ -163,6 +163,7 @@ def test_both_twins_write_the_same_bytes_and_read_the_same_numbers(tmp_path, nam
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     assert sorted(os.listdir(tmp_path / "b")) == [CONFIG, MODEL]
     tensors, metadata = read((tmp_path / "b" / MODEL).read_bytes())
+    assert metadata.pop("checksum") == checkpoint.checksum(tensors, metadata)
     assert metadata == {"config": (tmp_path / "b" / CONFIG).read_text()}
     expected = model.state_dict()
     assert_same_bits({name: tensors[name] for name in expected}, expected)

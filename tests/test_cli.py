@@ -321,7 +321,7 @@ RESUMES = {
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
         [],
-        "resume.safetensors: lacks 'backend'",
+        "resume.safetensors: lacks 'task'",
     ),
     "no config": (change_run(config=None), [], "run.json: lacks 'config'"),
     "a config that no model has": (change_run(config="{"), [], "run.json: not JSON"),
@@ -333,7 +333,7 @@ RESUMES = {
     "a tampered backend": (
         change_run(backend="torch"),
         [],
-        "resume.safetensors: the run was trained with --backend numpy",
+        "resume.safetensors: the run has the backend numpy, not torch",
     ),
     "another preset": (change_run(), ["--preset", "notes"], "--resume goes on as it began"),
     "another place": (change_run(), ["--out", "x"], "--resume goes on as it began"),
@@ -402,5 +402,5 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path, cap
     for place in ("file", "file/below"):
         out = tmp_path / place
         err = refused(capsys, "train", "sort", "--out", out, "--backend", backend)
-        assert f"{out / 'run.json'}: " in err
+        assert f"{out}: " in err
     assert files(tmp_path) == {str(tmp_path / "file"): b"kept"}

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,6 +200,36 @@ def test_a_crash_while_saving_leaves_a_checkpoint_whole(crash, tmp_path, monkeyp
         parallel.save(tmp_path / "shards", model, optimizer, 9)
         assert parallel.load(tmp_path / "shards", model, optimizer) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_on_the_second_of_two_nodes_a_rank_takes_a_device_of_its_own_node(monkeypatch):
+    """Ranks 0 to 3 on two machines of two devices: rank 3 is there number 1, and not 3."""
+    from torchformer import parallel
+
+    taken, wrapped = [], []
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(parallel.dist, name, lambda *_: None)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 4)
+    mesh = SimpleNamespace(device_type="cuda", get_local_rank=lambda: 3)  # in the mesh, that is
+    monkeypatch.setattr(parallel, "init_device_mesh", lambda *_: mesh)
+    monkeypatch.setattr(
+        parallel, "DistributedDataParallel", lambda model, device_ids: wrapped.append(device_ids)
+    )
+    with parallel.group("cuda") as group:
+        parallel.spread(torch.nn.Linear(1, 1), "ddp", group)
+    assert taken == [1]
+    assert wrapped == [[1]]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(ValueError, match="rank 2 of this node has no device, there are 2"),
+        parallel.group("cuda"),
+    ):
+        pass
 
 
 def torchrun(*arguments, ranks=2, **environment):

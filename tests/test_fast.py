@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npformer
+from npformer import compare
 from npformer.testing.models import configs, make_model, sources
 from npformer.testing.strategies import seeds
 from torchformer import decoding, fast
@@ -213,12 +214,53 @@ def test_any_number_of_shapes_is_compiled_and_decoded(monkeypatch):
     assert 1 < len(graphs) < 5
 
 
+def assert_chooses_what_the_model_does(device, dtype, compiled):
+    """With pads in sources and prompts, and without.
+
+    In half precision a close call may go either way: by what the eager model makes of the same
+    tokens, each must be as likely as the likeliest one, but for roundings.
+    """
+    twin = to_torch(make_model(replace(CONFIG, max_len=40), 5)).to(dtype).eval().to(device)
+    decoder = fast.FastDecoder(twin, 2, 24, src_len=5, never=[0, 1], compiled=compiled)
+    assert (decoder.replay is not None) == (device == "cuda")
+    precision = str(dtype).removeprefix("torch.")
+    off = compare.roundings_of_a_step(twin.config, 24, precision) * compare.eps(precision)
+    for S in (3, 4, 5):
+        rng = np.random.default_rng(S)
+        src, prompt = (torch.tensor(ids, device=device) for ids in rng.integers(3, 9, (2, 2, S)))
+        if S > 3:
+            src[1, 2:] = 0
+            prompt[0, 1] = 0
+        tokens = decoder.continued(prompt, 20, src)
+        read = torch.cat([prompt, tokens], dim=1)
+        logits = twin.infer(src, read[:, :-1])[:, S - 1 :].float()  # (2, 20, V)
+        logits[..., :2] = -torch.inf
+        best, chosen = logits.amax(dim=-1), logits.gather(-1, tokens[..., None])[..., 0]
+        assert float((best - chosen).max()) <= off * float(best.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_in_any_precision_it_chooses_what_the_model_does(dtype):
+    assert_chooses_what_the_model_does("cpu", dtype, compiled=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor's import
+@pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled")  # of rows of this length
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # which are not wanted here
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_graph_a_token_chooses_what_the_model_does(dtype, compiled):
+    assert_chooses_what_the_model_does("cuda", dtype, compiled)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_one_graph_a_token_decodes_the_same_tokens():
-    twin = to_torch(make_model(replace(CONFIG, max_len=20), 5)).eval().cuda()
+    twin = to_torch(make_model(replace(CONFIG, max_len=20), 5)).eval().cuda()  # in float64
     for S in (3, 4, 5):
         src = torch.tensor(np.random.default_rng(S).integers(3, 9, (2, S))).cuda()
-        assert fast.greedy(twin, src, max_len=19) == decoding.greedy(twin, src, max_len=19)
+        expected = decoding.greedy(twin, src, max_len=19)
+        assert fast.greedy(twin, src, max_len=19, compiled=False) == expected
 
 
 def test_refuses():

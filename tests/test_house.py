@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "encoder": WIRING,
     "decoder": WIRING,
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
-    "checkpoint": {"config"},
+    "storage": LEAVES,
+    "checkpoint": {"config", "storage"},
     "optim": {"ops", "module", "schedules"},
     "decoding": {"ops", "transformer", "cache", "answers"},
     "parallel": {"ops", "transformer"},
@@ -112,6 +113,13 @@ def test_torchformer_does_not_need_the_numpy_model():
             assert not ours(path, "npformer") & model, path
 
 
+def test_attention_of_torch_is_called_in_one_place_alone():
+    """ops.attention knows which of its kernels are right with a mask."""
+    for path in TORCHFORMER.rglob("*.py"):
+        named = {n for n in ("scaled_dot_product", "sdpa_kernel") if n in path.read_text()}
+        assert not named or path == TORCHFORMER / "ops.py", path
+
+
 def test_importing_npformer_loads_neither_torch_nor_anything_else_that_is_heavy():
     loaded = "import sys, npformer; print(*sorted(m for m in sys.modules if '.' not in m))"
     done = subprocess.run(
@@ -128,7 +136,7 @@ def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
-    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers"}
+    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers", "storage"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from npformer.checkpoint import check_arrays
 from npformer.config import TransformerConfig
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.captured import CapturedStep, options_of
@@ -170,19 +171,46 @@ class Trainer:
             arrays |= {f"optimizer.{i}.{name}": as_numpy(x).copy() for name, x in state.items()}
         return arrays, {}
 
-    def load_state(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
-        torch.set_rng_state(torch.from_numpy(arrays["rng.cpu"]))
-        if self.device.type == "cuda" and "rng.cuda" in arrays:
-            torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), self.device)
-        state: dict[int, dict[str, torch.Tensor]] = {}
+    def load(
+        self,
+        weights: Mapping[str, np.ndarray],
+        arrays: Mapping[str, np.ndarray],
+        values: Mapping[str, Any],
+    ) -> None:
+        """Go on from these `weights` and this `state`: all of it is compared before any is loaded.
+
+        Raises ValueError where they are another model's or another optimizer's.
+        """
+        check_arrays(self.weights(), weights)
+        check_arrays(self._expected_state(has_begun="optimizer.0.step" in arrays), arrays)
+        state: dict[int, dict[str, Tensor]] = {}
         for key, x in arrays.items():
             if key.startswith("optimizer."):
                 _, i, name = key.split(".")
                 state.setdefault(int(i), {})[name] = torch.from_numpy(x)
+        try:  # the numbers of a generator are checked by torch
+            torch.Generator().set_state(torch.from_numpy(arrays["rng.cpu"]))
+            torch.set_rng_state(torch.from_numpy(arrays["rng.cpu"]))
+            if self._is_cuda:
+                torch.cuda.set_rng_state(torch.from_numpy(arrays["rng.cuda"]), self.device)
+        except RuntimeError as error:
+            raise ValueError(f"the state of the random numbers is none ({error})") from None
+        self.load_weights(weights)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if self.captured:
             self.captured.forget()  # graphs write to the state that was
+
+    def _expected_state(self, has_begun: bool) -> dict[str, np.ndarray]:
+        """`state`, with zeros for the optimizer; before the first step that has none."""
+        arrays, _ = self.state()
+        expected = {name: x for name, x in arrays.items() if name.startswith("rng.")}
+        for i, p in enumerate(self.model.parameters()):
+            if has_begun:
+                zeros = np.zeros(p.shape, as_numpy(p).dtype)
+                expected |= {f"optimizer.{i}.{name}": zeros for name in ("exp_avg", "exp_avg_sq")}
+                expected[f"optimizer.{i}.step"] = np.zeros((), np.float32)
+        return expected
 
 
 # --- One step, for this trainer, for parallel.py and for the benchmark ------------------------
