@@ -16,7 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torchformer
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bench, environment, kernels, parity, report, results, shapes, steps
+from benchmarks.gpu import (
+    bench,
+    environment,
+    kernels,
+    parity,
+    processes,
+    report,
+    results,
+    shapes,
+    steps,
+)
 from benchmarks.gpu import sections as gpu
 from benchmarks.gpu.__main__ import SECTIONS, Section
 from benchmarks.gpu.processes import Processes
@@ -193,6 +203,7 @@ def sections(monkeypatch):
         chosen = {name: Section(HERE + f, 0.5) for name, f in found.items()}
         monkeypatch.setattr(command, "SECTIONS", chosen)
         monkeypatch.setattr(command, "SLACK", 0.5)
+        monkeypatch.setattr(processes, "PRELOADED", ["benchmarks.gpu.bench"])
 
     return put
 
@@ -247,7 +258,8 @@ def test_a_run_that_is_killed_leaves_what_it_has_found_whole(tmp_path):
     """And no process of it stays behind on the card."""
     code = (
         "import os, signal, sys\n"
-        "from benchmarks.gpu import __main__ as command\n"
+        "from benchmarks.gpu import __main__ as command, processes\n"
+        "processes.PRELOADED = ['benchmarks.gpu.bench']\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
         f"names = {{'works': 'works', 'hangs': 'tells_who_it_is'}}\n"
         f"command.SECTIONS = {{k: command.Section('{HERE}' + v, 9.0) for k, v in names.items()}}\n"
@@ -319,7 +331,9 @@ def test_importing_the_sections_asks_nothing_of_the_card():
         "def refuse(*_): raise AssertionError('asked')\n"
         "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
         "    setattr(torch.cuda, name, refuse)\n"
-        "import benchmarks.gpu.sections, sys, threading\n"
+        "import importlib, sys, threading\n"
+        "from benchmarks.gpu.processes import PRELOADED\n"
+        "for name in PRELOADED: importlib.import_module(name)\n"
         "assert threading.active_count() == 1\n"
         "assert 'torch._inductor.async_compile' not in sys.modules\n"  # it starts processes
     )

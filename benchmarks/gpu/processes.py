@@ -14,6 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+PRELOADED = ["torch._dynamo", "benchmarks.gpu.sections"]
 Give = Callable[[str, Any], None]  # a section's name, and its rows so far
 
 
@@ -27,7 +28,7 @@ class Processes:
     def __init__(self, method: str = "forkserver"):
         self.context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            self.context.set_forkserver_preload(["benchmarks.gpu.sections"])
+            self.context.set_forkserver_preload(PRELOADED)
 
     def call(self, function: str, *arguments: Any, limit: float, give: Give) -> Any:
         """What `function` ("module:name") returns for (give, *arguments).

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo as dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -141,7 +140,7 @@ def compiler(device: torch.device) -> str:
 
 def compile_layers(model: nn.Module, device: torch.device) -> None:
     """As the trainer does it: layer by layer, which are all of one graph or two."""
-    dynamo.config.recompile_limit = 64  # of shapes and of levers; eight are its own idea
+    torch._dynamo.config.recompile_limit = 64  # of shapes and of levers; eight are its own idea
     for layer in model.modules():
         if isinstance(layer, EncoderLayer | DecoderLayer):
             layer.compile(fullgraph=True, dynamic=False, backend=compiler(device))
