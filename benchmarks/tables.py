@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from benchmarks import harness
 from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import results as gpu_results
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
 
 DESCRIPTION = """\
@@ -104,7 +104,7 @@ def kind_of(result: Result) -> str:
 def newest_gpu(folder: Path) -> dict[str, Any] | None:
     """The newest bench.json of benchmarks.gpu, which is committed as DATE-gpu.json."""
     found = sorted(folder.glob("*-gpu.json"))
-    return json.loads(found[-1].read_text()) if found else None
+    return gpu_results.load(found[-1]) if found else None
 
 
 def fill(text: str, newest: dict[str, Result], gpu: dict[str, Any] | None = None) -> str:

@@ -32,6 +32,7 @@ from benchmarks.gpu.__main__ import SECTIONS, Section
 from benchmarks.gpu.processes import Processes
 from benchmarks.gpu.timing import Clock
 from benchmarks.harness import BenchmarkError
+from npformer import storage
 from torchformer import fast
 from torchformer.masks import CAUSAL
 
@@ -281,7 +282,7 @@ def test_a_run_that_is_killed_leaves_what_it_has_found_whole(tmp_path):
 
 
 def tells_who_it_is(bench, seconds):
-    results.save(Path(os.environ["HERE"]) / "pid", str(os.getpid()))
+    storage.write(Path(os.environ["HERE"]) / "pid", str(os.getpid()).encode())
     time.sleep(60)
 
 
@@ -320,7 +321,7 @@ def _child_of_nobody(connection, path):
 
 
 def sleeps(give, path):
-    results.save(Path(path), str(os.getpid()))
+    storage.write(path, str(os.getpid()).encode())
     time.sleep(60)
 
 

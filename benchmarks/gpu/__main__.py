@@ -16,6 +16,7 @@ from benchmarks.gpu import report, results
 from benchmarks.gpu.processes import Lost, Processes
 from benchmarks.gpu.results import NO_ROOM
 from benchmarks.harness import BenchmarkError
+from npformer import storage
 
 DESCRIPTION = """\
 Measure torchformer on one GPU, in this order, as far as the budget goes: does it run at all; the
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(options)
         if not options.report:
             run.measure(chosen)
-    except (BenchmarkError, ValueError) as error:
+    except (BenchmarkError, OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted; what was measured is in {options.out}\n")
@@ -226,7 +227,7 @@ class Run:
     def save(self) -> None:
         if self.content["environment"]:
             results.save_content(self.path, self.content)
-            results.save(self.options.out / "report.md", report.report(self.content))
+            storage.write(self.options.out / "report.md", report.report(self.content).encode())
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import BenchmarkError
+from npformer import storage
 
 SCHEMA = "npformer-gpu-1"
 BENCH = "bench.json"
@@ -27,8 +27,8 @@ def empty() -> Content:
 def load(path: Path) -> Content:
     """Raises BenchmarkError for what is no whole result of this benchmark."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(storage.read(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise BenchmarkError(f"{path}: not a result of this benchmark ({error})") from None
     schema = content.get("schema") if isinstance(content, dict) else None
     if schema != SCHEMA:
@@ -41,15 +41,9 @@ def load(path: Path) -> Content:
     return content
 
 
-def save(path: Path, text: str) -> None:
-    """Whole or not at all, whenever this is interrupted."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def save_content(path: Path, content: Content) -> None:
-    save(path, json.dumps(content, indent=1, default=str) + "\n")
+    """Whole or not at all, whenever this is interrupted."""
+    storage.write(path, (json.dumps(content, indent=1, default=str) + "\n").encode())
 
 
 def check_same_card(path: Path, content: Content, about: dict[str, Any]) -> None:
