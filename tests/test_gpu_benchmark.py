@@ -578,11 +578,26 @@ def test_a_timed_step_learns_and_is_the_trainers():
     assert losses[0] > losses[-1]
 
 
+class OnHost(TorchDispatchMode):
+    """The largest array that is made in the host's memory."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        y = func(*args, **(kwargs or {}))
+        if isinstance(y, torch.Tensor) and y.device.type == "cpu":
+            self.largest = max(self.largest, y.numel())
+        return y
+
+
 def test_weights_are_drawn_where_they_are_to_be_and_by_the_rule_of_the_model(monkeypatch):
     """No parameter is made on the host first, a billion of them take it a minute."""
     config = shapes.settings(CPU)["B"].config
-    model = steps.make_model(config, torch.device("meta"))
+    with OnHost() as host, monkeypatch.context() as patch:
+        patch.setattr(torchformer.Transformer, "initialise", None)  # which draws by NumPy
+        model = steps.make_model(config, torch.device("meta"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert host.largest < config.d_model**2
     ours = steps.make_model(config, CPU).state_dict()
     theirs = torchformer.Transformer(config, np.random.default_rng(0)).state_dict()
     assert ours.keys() == theirs.keys()
