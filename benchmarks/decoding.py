@@ -32,7 +32,7 @@ All but Marian, whose positions are laid out differently, must give the same tok
   python -m benchmarks.decoding --quick
 """
 N_TOKENS = 64
-PAD, SOS = 0, 1  # the end is never chosen: greedy is told that it is the start, which never is
+PAD, SOS = 0, 1  # there is no end: all answers have N_TOKENS
 NPFORMER, TWIN, TWIN_FAST, TWIN_UNCACHED, TORCH, MARIAN = (
     "npformer",
     "torchformer",
@@ -71,7 +71,7 @@ class Problem:
 
 
 def decode_numpy(problem: Problem) -> Decode:
-    return lambda: greedy(problem.model, problem.src, max_len=N_TOKENS, sos_id=SOS, eos_id=SOS)
+    return lambda: greedy(problem.model, problem.src, max_len=N_TOKENS, sos_id=SOS, eos_id=None)
 
 
 def decode_twin(problem: Problem) -> Decode:
@@ -81,7 +81,7 @@ def decode_twin(problem: Problem) -> Decode:
     from torchformer.convert import to_torch
 
     twin, src = to_torch(problem.model).eval(), torch.from_numpy(problem.src)
-    return lambda: torchformer.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=SOS)
+    return lambda: torchformer.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=None)
 
 
 def decode_twin_fast(problem: Problem) -> Decode:
@@ -91,7 +91,7 @@ def decode_twin_fast(problem: Problem) -> Decode:
     from torchformer.convert import to_torch
 
     twin, src = to_torch(problem.model).eval(), torch.from_numpy(problem.src)
-    return lambda: fast.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=SOS)
+    return lambda: fast.greedy(twin, src, max_len=N_TOKENS, sos_id=SOS, eos_id=None)
 
 
 def decode_twin_uncached(problem: Problem) -> Decode:

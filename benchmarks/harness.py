@@ -222,15 +222,19 @@ class Result:
     def save(self, folder: Path) -> Path:
         stamp = self.created.replace("-", "").replace(":", "").rstrip("Z")
         path = folder / f"{stamp}-{self.benchmark}.json"
-        path.write_text(self.to_json())
+        from npformer import storage  # here: a start is timed from processes that import less
+
+        storage.write(path, self.to_json().encode())
         return path
 
     @classmethod
     def load(cls, path: Path) -> "Result":
         """Raises BenchmarkError for a file that is not a result of this schema."""
+        from npformer import storage
+
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = json.loads(storage.read(path))
+        except (OSError, ValueError, RecursionError) as error:
             raise BenchmarkError(f"{path}: not a result file ({error})") from None
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA:

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks import breakdown, roofline
 from benchmarks.contenders import NPFORMER
 from benchmarks.harness import BenchmarkError, Result, Run, is_installed
+from npformer.plot import write_figure
 
 COLOURS = ["#1f6feb", "#d1603d", "#2f9e6e", "#8a5cc2", "#b8860b", "#5b6770"]
 
@@ -26,7 +27,7 @@ def draw_all(newest: dict[str, Result], folder: Path) -> Iterator[Path]:
     ):
         if kind in newest:
             path = folder / f"{kind}.png"
-            draw(newest[kind]).savefig(path, dpi=130)
+            write_figure(draw(newest[kind]), path, dpi=130)
             yield path
 
 

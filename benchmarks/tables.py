@@ -12,6 +12,7 @@ from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import results as gpu_results
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
+from npformer import storage
 
 DESCRIPTION = """\
 Draw the tables of result files:
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if options.readme:
             newest = newest_of(p for p in RESULTS.glob("*.json") if not p.stem.endswith("-gpu"))
-            README.write_text(fill(README.read_text(), newest, newest_gpu(RESULTS)))
+            text = fill(README.read_text(), newest, newest_gpu(RESULTS))
+            storage.write(README, text.encode())
             from benchmarks import plots
 
             for path in plots.draw_all(newest, RESULTS):

@@ -11,6 +11,7 @@ from npformer.cache import KeyValues
 from npformer.layers import Linear
 from npformer.module import Module
 from npformer.ops import Array, Forward, Mask, Rng
+from npformer.options import integer, probability
 
 
 def split_heads(x: Array, n_heads: int) -> Array:  # (B, T, C) -> (B, H, T, D)
@@ -32,6 +33,10 @@ class MultiHeadAttention(Module):
     `query` asks, `key` is matched, `value` is returned.  Self-attention: all three are one x.
     Cross-attention: the decoder asks, and key and value are the encoder's output.  `backward`
     returns dquery, dkey, dvalue; whoever passed one array twice adds the two gradients.
+
+    A mask is boolean, True = may attend, and its axes are never guessed: it has two, which are
+    always (T, S), or four, (B or 1, H or 1, T or 1, S).  A pad mask is (B, 1, 1, S): as (B, S) it
+    is refused, except where B == T, when nobody can tell the two apart.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class MultiHeadAttention(Module):
         rng: Rng,
         dtype: DTypeLike = np.float32,
     ):
+        d_model, n_heads = integer("d_model", d_model, 1), integer("n_heads", n_heads, 1)
+        dropout = probability("dropout", dropout)
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
         self.n_heads, self.dropout = n_heads, dropout
@@ -55,6 +62,7 @@ class MultiHeadAttention(Module):
         self, query: Array, key: Array, value: Array, mask: Mask = None, rng: Rng | None = None
     ) -> Forward:
         _check_rank(query=query, key=key, value=value)
+        self._check_mask(mask, query, key.shape[1])
         q, backward_q = self.q_proj(query)  # (B, T, C)
         k, backward_k = self.k_proj(key)  # (B, S, C)
         v, backward_v = self.v_proj(value)  # (B, S, C)
@@ -78,10 +86,41 @@ class MultiHeadAttention(Module):
 
     def ask(self, query: Array, offered: KeyValues, mask: Mask = None) -> Array:
         """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
+        self._check_mask(mask, query, offered.length)
         q, _ = self.q_proj(query)
         yh, _ = ops.attention(split_heads(q, self.n_heads), offered.keys, offered.values, mask)
         y, _ = self.out_proj(merge_heads(yh))
         return y
+
+    def _check_mask(self, mask: Mask, query: Array, S: int) -> None:
+        B, T, _ = query.shape
+        check_heads_mask("MultiHeadAttention", mask, (B, self.n_heads, T, S))
+
+
+def check_heads_mask(
+    module: str, mask: Mask, scores: tuple[int, int, int, int], name: str = "mask"
+) -> None:
+    """A module's mask is (T, S) or (B or 1, H or 1, T or 1, S).   scores (B, H, T, S)
+
+    Any other might broadcast by coincidence, as (B, S, S) does where B == H.
+    """
+    if mask is None:
+        return
+    ops.check_boolean(module, mask, "may attend", name)
+    B, H, T, S = scores
+    fits = mask.shape == (T, S)
+    if mask.ndim == 4:
+        b, h, t, s = mask.shape
+        fits = b in (1, B) and h in (1, H) and t in (1, T) and s == S
+    if not fits:
+        wrong = f"does not broadcast to (B, H, T, S) = {scores}"
+        if mask.ndim == 3:
+            wrong = "has 3 axes: is the first one B or H?"
+        raise ValueError(
+            f"{module}: {name} of shape {mask.shape} {wrong}; a padding mask is "
+            f"(B, 1, 1, S), {name}[:, None, None, :], a causal one (T, S), one per sample "
+            f"(B, 1, T, S), {name}[:, None]"
+        )
 
 
 def _check_rank(**inputs: Array) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,16 @@ def blame(path: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: lacks {error}") from None
     except MemoryError as error:
         raise CheckpointError(f"{path}: {str(error) or 'more than there is memory for'}") from None
-    except (ValueError, TypeError, ArithmeticError, RecursionError, SafetensorError) as error:
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from None
+    except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None
+
+
+def shortened(value: Any) -> str:
+    """In a message: as Python writes it, and not all of it if it is long."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
 
 
 # --- A model ----------------------------------------------------------------------------------
@@ -83,14 +91,22 @@ def load(folder: str | Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     agree.  Sizes are compared before there is memory for them.
     """
     folder = Path(folder)
+    return steady(folder / MODEL, lambda: _load(folder))
+
+
+def steady(path: Path, load: Callable[[], Any]) -> Any:
+    """What `load` makes of this file and of others that belong to it.
+
+    If somebody saves meanwhile, it may see one of the old and one of the new: then once more.
+    """
     for _ in range(99):
-        before = _stamp(folder / MODEL)
+        before = _stamp(path)
         try:
-            return _load(folder)
+            return load()
         except CheckpointError:
-            if _stamp(folder / MODEL) == before:  # else somebody has saved meanwhile: once more
+            if _stamp(path) == before:
                 raise
-    return _load(folder)
+    return load()
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -103,7 +119,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
 def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     check_folder(folder)
     weights, written = folder / MODEL, folder / CONFIG
-    with _opened(weights) as file:
+    with opened(weights) as file:
         metadata = dict(file.metadata() or {})
         config = None
         if "config" in metadata:  # this copy cannot be out of step with the weights
@@ -189,18 +205,32 @@ def check_arrays(expected: Mapping[str, np.ndarray], state: Mapping[str, np.ndar
             raise ValueError(f"{name} is {state[name].dtype}, here it is {x.dtype}")
 
 
+def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raise CheckpointError, naming it, for a tensor that nothing can be computed with."""
+    for name, x in tensors.items():
+        if not np.isfinite(x).all():
+            n = x.size - int(np.isfinite(x).sum())
+            raise CheckpointError(
+                f"{path}: {n:,} of the {x.size:,} numbers of {name} are NaN or infinite: training "
+                "that diverged leaves such weights, and so does a file that is damaged"
+            )
+
+
 # --- A file -----------------------------------------------------------------------------------
 
 
 def save_tensors(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> None:
-    """Write a safetensors file atomically; `metadata` is a flat dict of strings."""
+    """Write a safetensors file atomically; `metadata` is a flat dict of strings.
+
+    None: not even a checksum, for readers that know of no metadata.
+    """
     write_atomically(path, *_to_bytes(path, tensors, metadata))
 
 
 def _to_bytes(
-    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> tuple[Any, ...]:
     """In parts; the same content is always the same bytes."""
     from safetensors.numpy import save as to_bytes
@@ -212,6 +242,8 @@ def _to_bytes(
         for name, x in arrays.items():
             if x.dtype.kind not in "fiubc":
                 raise ValueError(f"{name} is {x.dtype}, which safetensors does not have")
+        if metadata is None:
+            return (to_bytes(arrays),)
         marked = {**metadata, "checksum": checksum(arrays, metadata)}
         data = memoryview(to_bytes(arrays, metadata=marked))
     start = 8 + int.from_bytes(data[:8], "little")
@@ -234,12 +266,12 @@ def checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> 
     for name in sorted(tensors):
         x = np.asarray(tensors[name], order="C")
         found = zlib.crc32(f"{name} {x.dtype} {x.shape}\n".encode(), found)
-        found = zlib.crc32(x, found)
+        found = zlib.crc32(x.data, found)
     return f"crc32:{found:08x}"
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def opened(path: str | Path) -> Iterator[Any]:
     """A safetensors file, of which the header has been read; what goes wrong inside is its."""
     from safetensors import safe_open
 
@@ -256,7 +288,7 @@ def load_tensors(
 
     Its checksum, if it has one, is verified up to so many bytes.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         tensors, metadata = _tensors(file), dict(file.metadata() or {})
         _check_sum(tensors, metadata, largest)
         metadata.pop("checksum", None)
@@ -285,14 +317,36 @@ def _check_sum(
         raise ValueError(f"damaged: its checksum is {found}, and was {saved[:40]}")
 
 
-def verify(path: str | Path) -> None:
-    """Raises CheckpointError for a safetensors file, however large, that has been damaged."""
-    load_tensors(path, math.inf)
+def verify(path: str | Path, largest: float = math.inf) -> None:
+    """Raises CheckpointError for a safetensors file of up to so many bytes that was damaged."""
+    with blame(path):
+        if os.path.getsize(path) <= largest:
+            load_tensors(path, math.inf)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """As json.dumps; NaN and infinity, for which JSON has no word, are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:  # rare, and to look for it takes as long as all the rest
+        return json.dumps(plain(value), allow_nan=False, **options)
 
 
 def save_json(path: str | Path, value: Any, indent: int | None = 2) -> None:
     """`indent` None: for what is long, several times as fast."""
-    write_atomically(path, (json.dumps(value, indent=indent) + "\n").encode())
+    write_atomically(path, _json(value, indent))
+
+
+def _json(value: Any, indent: int | None = 2) -> bytes:
+    return (to_json(value, indent=indent) + "\n").encode()
 
 
 def load_json(path: str | Path) -> Any:
@@ -321,13 +375,18 @@ def write_atomically(path: str | Path, *data: Any) -> None:
         put()
 
 
-def write_together(files: Mapping[Path, tuple[Any, ...]]) -> None:
-    """Files of one folder that belong together: all on disk before the first is replaced."""
-    with ExitStack() as stack:
-        puts = [stack.enter_context(staged(path, *data)) for path, data in files.items()]
-        stack.enter_context(storage.in_turn(next(iter(files)).parent))
-        for put in puts:
-            put()
+def save_together(
+    path: Path, value: Any, arrays_path: Path, arrays: Mapping[str, np.ndarray]
+) -> None:
+    """A JSON file and the arrays that it describes: both on disk before the first is replaced."""
+    data = _to_bytes(arrays_path, arrays, {})
+    with (
+        staged(arrays_path, *data) as put_arrays,
+        staged(path, _json(value)) as put_json,
+        storage.in_turn(path.parent),
+    ):
+        put_arrays()
+        put_json()
 
 
 @contextmanager

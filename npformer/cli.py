@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import math
 import os
 import sys
@@ -15,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import npformer
-from npformer import checkpoint, presets, tasks, training
+from npformer import arguments, checkpoint, presets, runs, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.checkpoint import CheckpointError, blame
+from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
+from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
@@ -25,6 +25,7 @@ from npformer.tasks.task import Batch, make_batch
 from npformer.transformer import Transformer
 
 GET_TORCH = "pip install 'npformer[torch]'"
+BEAMS, IDS = 100, 2**31 - 1  # at most so many of a search; and up to there a token's number
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ class MissingError(Exception):
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    top = arguments.Parser(
         prog="npformer",
         description="The Transformer in plain NumPy, every gradient written by hand, and its twin "
         "in PyTorch, proven equal.",
@@ -67,12 +68,11 @@ def parser() -> argparse.ArgumentParser:
         description="Train the Transformer on sorting digits in NumPy, convert it to PyTorch, "
         "and compare logits, loss, every gradient and decoded answers of the two.",
     )
-    demo.add_argument("--steps", type=_positive, help="training steps (default 1500)")
-    demo.add_argument("--seed", type=int, default=0, help="of weights and data (default 0)")
-    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument("--steps", type=whole_number(1, STEPS), help="training steps (default 1500)")
     demo.add_argument(
-        "--overwrite", action="store_true", help="replace the run in --out, whatever it is"
+        "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
     )
+    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -89,21 +89,25 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="for --backend torch"
     )
-    train.add_argument("--steps", type=_positive, help="stop after so many steps")
+    train.add_argument("--steps", type=whole_number(1, STEPS), help="stop after so many steps")
     train.add_argument(
         "--minutes",
-        type=_positive_float,
+        type=positive_number(arguments.MINUTES),
         help="stop after so much time, with that of the sessions before a --resume",
     )
     train.add_argument(
-        "--patience", type=_positive, help="stop after so many evaluations without a better one"
+        "--patience",
+        type=whole_number(1, STEPS),
+        help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
     train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
-    train.add_argument("--seed", type=int, help="of weights, data and dropout (default 0)")
+    train.add_argument(
+        "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
+    )
     train.add_argument(
         "--threads",
-        type=_positive,
+        type=whole_number(1, THREADS),
         help="processor cores to use.  numpy: threads that share each batch, with BLAS at one "
         "(default: no such threads, BLAS as it likes); torch: its own (default all)",
     )
@@ -122,9 +126,6 @@ def parser() -> argparse.ArgumentParser:
         "holds the memory of a step for each of some lengths (default: on CUDA)",
     )
     train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
-    train.add_argument(
-        "--overwrite", action="store_true", help="replace the run in --out, and nothing else there"
-    )
     train.add_argument(
         "--resume",
         metavar="DIR",
@@ -180,8 +181,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add = pronounce.add_argument
     add("words", nargs="*", metavar="WORD")
-    add("--nbest", type=_positive, default=1, metavar="N", help="so many ways to say it (1)")
-    add("--beam", type=_positive, default=5, metavar="K", help="width of the search (5); 1: greedy")
+    add(
+        "--nbest",
+        type=whole_number(1, BEAMS),
+        default=1,
+        metavar="N",
+        help="so many ways to say it (1)",
+    )
+    add(
+        "--beam",
+        type=whole_number(1, BEAMS),
+        default=5,
+        metavar="K",
+        help="width of the search (5); 1: greedy",
+    )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
     add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
     add("--stress", action="store_true", help="with stress: 1 primary, 2 secondary, 0 none")
@@ -209,7 +222,9 @@ def parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("a", metavar="A", help="a folder by `npformer trace --out`, or any program's")
     diff.add_argument("b", metavar="B", help="the one that is right")
-    diff.add_argument("--bound", type=_positive_float, help="of the error (1e-10; float32: 1e-3)")
+    diff.add_argument(
+        "--bound", type=positive_number(1e300), help="of the error (1e-10; float32: 1e-3)"
+    )
     diff.set_defaults(run=run_diff)
 
     attention = commands.add_parser(
@@ -239,10 +254,16 @@ def parser() -> argparse.ArgumentParser:
         description="Explain the mask of a sequence of token ids, with the broadcasting on the "
         "way.  A mask in a file (.npy) may be boolean of either polarity, 0/1 or additive.",
     )
-    mask.add_argument("ids", nargs="*", type=int, metavar="ID", help="such as 3 4 5 0 0")
-    mask.add_argument("--pad", type=int, default=0, metavar="ID", help="the id of a pad (0)")
+    mask.add_argument(
+        "ids", nargs="*", type=whole_number(0, IDS), metavar="ID", help="such as 3 4 5 0 0"
+    )
+    mask.add_argument(
+        "--pad", type=whole_number(0, IDS), default=0, metavar="ID", help="of a pad (0)"
+    )
     mask.add_argument("--causal", action="store_true", help="no key after the query")
-    mask.add_argument("--window", type=_positive, metavar="N", help="at most N keys back")
+    mask.add_argument(
+        "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
+    )
     mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
@@ -258,12 +279,18 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (demo, train, check, predict, export):
         command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    for command in (demo, train, export, trace):
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace what was written to that folder"
+        )
     lesson = commands.add_parser(
         "lesson",
         help="the questions that learners ask, answered by code that runs",
         description="Print a lesson or, without a number, what they are about.",
     )
-    lesson.add_argument("number", nargs="?", type=int, metavar="N", help="of the lesson")
+    lesson.add_argument(
+        "number", nargs="?", type=whole_number(1, 99), metavar="N", help="of the lesson"
+    )
     lesson.add_argument(
         "--run",
         dest="live",
@@ -286,19 +313,22 @@ def run_demo(options: argparse.Namespace) -> int:
     recipe = replace(recipe, steps=options.steps or recipe.steps)
     keep_freed_memory()
     say("1. Training a Transformer to sort digits, in NumPy alone (312 -> 123) ...")
-    trainer = training.Trainer(config, recipe, options.seed)
-    with _reporter(task, options.json) as report:
-        outcome = training.run(
-            trainer,
-            task,
-            options.out,
-            recipe=recipe,
-            seed=options.seed,
-            minutes=1.0,  # on a slow machine the schedule is shortened to fit
-            about={"preset": "demo", "config": config.to_json()},
-            overwrite=options.overwrite or _is_demo(Path(options.out)),
-            report=report,
-        )
+    with runs.locked(options.out):
+        overwrite = options.overwrite or runs.is_demo(options.out)
+        runs.claim(options.out, "run", overwrite)
+        trainer = training.Trainer(config, recipe, options.seed)
+        with _reporter(task, options.json) as report:
+            outcome = training.run(
+                trainer,
+                task,
+                options.out,
+                recipe=recipe,
+                seed=options.seed,
+                minutes=1.0,  # on a slow machine the schedule is shortened to fit
+                about={"kind": "demo", "preset": "demo", "config": config.to_json()},
+                overwrite=overwrite,
+                report=report,
+            )
     if outcome.ended == "interrupted":
         say(f"Interrupted; go on with: npformer train --resume {options.out}")
         return 130
@@ -333,7 +363,7 @@ def run_demo(options: argparse.Namespace) -> int:
         say(result["verdict"])
     result["seconds"] = time.perf_counter() - started
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 1 if result["agree"] is False else 0
 
 
@@ -352,46 +382,44 @@ def run_train(options: argparse.Namespace) -> int:
         chosen = presets.settings(task, options.preset or "default", options.config)
         config, recipe = presets.build(task, chosen)
         folder = Path(options.out) if options.out else _free_folder(task.name)
-        if (folder / training.RUN).exists() and not options.overwrite:
-            raise ValueError(
-                f"{folder} holds a run: --resume {folder}, --overwrite, or give another --out"
-            )
-        about = {"preset": options.preset or "default", "config": config.to_json()}
+        about = {"kind": "train", "preset": options.preset or "default", "config": config.to_json()}
         about |= {"backend": options.backend or "numpy", "seed": options.seed or 0}
         about |= {"threads": options.threads, "precision": options.precision or "float32"}
         about |= {"compile": options.compile, "capture": options.capture}
         about |= {"plan": {"minutes": None, "patience": None}}
     plan, seed = about["plan"], about["seed"]
-    if seed < 0:
-        raise ValueError(f"--seed must not be negative, got {seed}")
     if options.steps or options.minutes:  # else as the run began
         plan["minutes"] = options.minutes
         recipe = replace(recipe, steps=options.steps or NO_LIMIT)
     if options.patience:
         plan["patience"] = options.patience
+    arguments.check_room("to train this model", presets.bytes_to_train(task, config, recipe))
     keep_freed_memory()
     engine = (options.device, about["precision"], about["compile"], about["capture"])
-    trainer = _trainer(about["backend"], config, recipe, seed, about["threads"], engine)
-    say(
-        f"Training {task.name} with {about['backend']}: {config.n_encoder_layers}+"
-        f"{config.n_decoder_layers} layers, d_model {config.d_model}, "
-        f"{_count(trainer.weights())} parameters -> {folder}"
-    )
-    with _reporter(task, options.json) as report:
-        outcome = training.run(
-            trainer,
-            task,
-            folder,
-            recipe=recipe,
-            seed=seed,
-            minutes=plan["minutes"],
-            patience=plan["patience"],
-            about=about,
-            resume=bool(options.resume),
-            overwrite=options.overwrite,
-            report=report,
+    with runs.locked(folder):
+        if not options.resume:
+            runs.claim(folder, "run", options.overwrite, f"--resume {folder}, ")
+        trainer = _trainer(about["backend"], config, recipe, seed, about["threads"], engine)
+        say(
+            f"Training {task.name} with {about['backend']}: {config.n_encoder_layers}+"
+            f"{config.n_decoder_layers} layers, d_model {config.d_model}, "
+            f"{config.n_parameters:,} parameters -> {folder}"
         )
-    drawn = draw_history(outcome.progress.history, task, folder / training.LOSS_CURVE)
+        with _reporter(task, options.json) as report:
+            outcome = training.run(
+                trainer,
+                task,
+                folder,
+                recipe=recipe,
+                seed=seed,
+                minutes=plan["minutes"],
+                patience=plan["patience"],
+                about=about,
+                resume=bool(options.resume),
+                overwrite=options.overwrite,
+                report=report,
+            )
+        drawn = draw_history(outcome.progress.history, task, folder / runs.LOSS)
     progress = outcome.progress
     if outcome.ended == "interrupted":
         say(f"Stopped at step {progress.step}.  Go on with: npformer train --resume {folder}")
@@ -401,12 +429,12 @@ def run_train(options: argparse.Namespace) -> int:
             f"{progress.best_step}.  Held-out test data: {_percentages(outcome.scores)}"
         )
         if drawn:
-            say(f"Loss curve: {folder / training.LOSS_CURVE}")
+            say(f"Loss curve: {folder / runs.LOSS}")
         say(f"Next: npformer predict {folder} {_example(task)}    npformer check {folder}")
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
-        print(json.dumps(summary | outcome.scores, indent=2))
+        print(to_json(summary | outcome.scores, indent=2))
     return 130 if outcome.ended == "interrupted" else 0
 
 
@@ -440,12 +468,12 @@ def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
 def run_check(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     _need_torch("check compares NumPy with PyTorch")
-    model, task = _load(options.folder)
+    model, task = _load(options.folder, verify=True)
     result = _compare(model, task, task.test()[:200], say)
     say(f"Next: npformer predict {options.folder} {_example(task)}")
     say(result["verdict"])
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(to_json(result, indent=2))
     return 0 if result["agree"] else 1
 
 
@@ -465,7 +493,7 @@ def run_predict(options: argparse.Namespace) -> int:
         if not options.json:
             print(results.pop().get("output", ""), flush=True)
     if options.json:
-        print(json.dumps(results, indent=2))
+        print(to_json(results, indent=2))
     return 2 if failed else 0
 
 
@@ -473,9 +501,10 @@ def run_export(options: argparse.Namespace) -> int:
     say = _quiet if options.json else print
     _need_torch("the certificate compares NumPy with PyTorch")
     out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already: name a new folder")
-    model, task = _load(options.folder)
+    runs.claim(out, "export", options.overwrite)
+    if out.exists() and set(os.listdir(out)) - set(runs.FILES):  # it is to be given away whole
+        raise ValueError(f"{out} is there already, and has other files in it: name a new folder")
+    model, task = _load(options.folder, verify=True)
     for parameter in model.parameters():
         parameter.data[...] = parameter.data.astype(options.dtype)
     test = task.test()
@@ -494,18 +523,20 @@ def run_export(options: argparse.Namespace) -> int:
         "test_examples": len(test),
         **scores,
     }
-    run = training.load_run(options.folder) | {"data": task.provenance()}
-    checkpoint.save(
-        out, model.config, {k: x.astype(options.dtype) for k, x in model.state_dict().items()}
-    )
-    checkpoint.save_json(out / training.RUN, run)
-    checkpoint.save_json(out / "certificate.json", certificate)
-    size = sum(path.stat().st_size for path in out.iterdir()) / 1e6
+    run = training.load_run(options.folder) | {"kind": "export", "data": task.provenance()}
+    with runs.locked(out):
+        runs.claim(out, "export", options.overwrite)
+        runs.clear(out, "export")
+        checkpoint.save_json(out / runs.RUN, run)
+        weights = {k: x.astype(options.dtype) for k, x in model.state_dict().items()}
+        checkpoint.save(out, model.config, weights)
+        checkpoint.save_json(out / runs.CERTIFICATE, certificate)
+    size = sum((out / name).stat().st_size for name in runs.FILES) / 1e6
     say(f"Held-out test data: {_percentages(scores)}")
     say(f"{out}: {size:.2f} MB.  Next: npformer predict {out} {_example(task)}")
     say(agreement["verdict"])
     if options.json:
-        print(json.dumps(certificate, indent=2))
+        print(to_json(certificate, indent=2))
     return 0
 
 
@@ -530,9 +561,9 @@ def run_pronounce(options: argparse.Namespace) -> int:
                 refused = True
                 print(f"npformer pronounce: input {n}: {answer}", file=sys.stderr)
                 if options.json:
-                    print(json.dumps({"word": word, "error": str(answer)}, ensure_ascii=False))
+                    print(to_json({"word": word, "error": str(answer)}, ensure_ascii=False))
             elif options.json:
-                print(json.dumps(_as_json(answer), ensure_ascii=False))
+                print(to_json(_as_json(answer), ensure_ascii=False))
             else:
                 _print_pronunciation(answer, options.ipa)
         sys.stdout.flush()
@@ -566,6 +597,8 @@ def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
 
 
 def run_trace(options: argparse.Namespace) -> int:
+    if options.out:
+        runs.claim(options.out, "trace", options.overwrite)
     seen = _traced(options.folder, options.input).seen
     listed = [entry for entry in seen if options.match in entry.name]
     widths = [max((len(e.name) for e in listed), default=0)]
@@ -576,6 +609,7 @@ def run_trace(options: argparse.Namespace) -> int:
         print(f"{'':<{widths[0]}}    {entry.formula}")
     print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
     if options.out:
+        runs.clear(options.out, "trace")
         seen.save(options.out)
         print(f"Saved: {options.out}    compare with another: npformer diff {options.out} OTHER")
     return 0
@@ -650,9 +684,9 @@ def run_embeddings(options: argparse.Namespace) -> int:
 
 
 def run_mask(options: argparse.Namespace) -> int:
-    from npformer.explain import explain_mask
+    from npformer.explain import explain_mask, load_mask
 
-    given = np.load(options.file, allow_pickle=False) if options.file else None
+    given = load_mask(options.file) if options.file else None
     ids = np.array([options.ids]) if options.ids else None
     tokens = [str(i) for i in options.ids] or None
     kind = {"ids": ids, "pad_id": options.pad, "causal": options.causal, "tokens": tokens}
@@ -774,11 +808,16 @@ def _text(task: Task, ids: Sequence[int]) -> str:
     return "".join(task.src_vocabulary.decode(ids))
 
 
-def _load(folder: str) -> tuple[Transformer, Task]:
+def _load(folder: str, verify: bool = False) -> tuple[Transformer, Task]:
+    """`verify`: the checksum also of a file so large that it is not done by the way."""
     about = training.load_run(folder)
     with blame(Path(folder) / training.RUN):
         task = tasks.load(about["task"])
+    if verify:
+        checkpoint.verify(Path(folder) / checkpoint.MODEL)
     model = Transformer.load(folder)
+    weights = {name: p.data for name, p in model.named_parameters()}
+    checkpoint.check_finite(Path(folder) / checkpoint.MODEL, weights)
     sizes = (len(task.src_vocabulary), len(task.tgt_vocabulary))
     if (model.config.src_vocab_size, model.config.tgt_vocab_size) != sizes:
         raise CheckpointError(f"{folder}: the model's vocabularies are not those of {task.name}")
@@ -827,37 +866,14 @@ def _need_torch(what: str) -> None:
         raise MissingError(f"{what}, and torch is not installed: {GET_TORCH}") from None
 
 
-def _is_demo(folder: Path) -> bool:
-    """Does the folder hold a run of `npformer demo`?  The command can be typed twice."""
-    return (folder / training.RUN).exists() and training.load_run(folder).get("preset") == "demo"
-
-
 def _free_folder(name: str) -> Path:
     """runs/NAME, or the first of runs/NAME-2, -3, ... that holds no run."""
     folders = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
     return next(folder for folder in folders if not (folder / training.RUN).exists())
 
 
-def _count(weights: dict) -> str:
-    return f"{sum(x.size for x in weights.values()):,}"
-
-
 def _percentages(scores: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in scores.items())
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
 
 
 def _quiet(*_: object) -> None:

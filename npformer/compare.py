@@ -265,14 +265,22 @@ def _constant_factor(actual: Array, expected: Array, bound: Bound) -> Iterator[s
     a, e = actual.astype(np.float64), expected.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(e).all() and np.count_nonzero(e) >= 2):
         return
-    c = float(np.vdot(e, a) / np.vdot(e, e))
+    unit = e / np.abs(e).max()  # whose squares neither vanish nor overflow
+    with np.errstate(over="ignore"):
+        c = float(np.vdot(unit, a / np.abs(e).max()) / np.vdot(unit, unit))
     # Rounding is all that may be left over, however far c is from 1.
-    if c and _same(actual, c * e, max(1.0, abs(c)) * np.asarray(bound) + 4 * eps("f8") * abs(a)):
+    if (
+        c
+        and np.isfinite(c)
+        and _same(actual, c * e, max(1.0, abs(c)) * np.asarray(bound) + 4 * eps("f8") * abs(a))
+    ):
         yield f"a constant factor: actual = {c:.6g} * expected{_name_of(c)}"
 
 
 def _name_of(c: float) -> str:
     """What the factor c probably is, if it is something simple and does not say so itself."""
+    if not 1e-4 < abs(c) < 1e4:  # its powers may be out of range
+        return ""
     sign = "-" if c < 0 else ""
     if abs(c - round(c)) < 1e-6 * abs(c) or not 1e-5 < abs(c) < 1e5:
         return ""  # says so itself, or is none of those below

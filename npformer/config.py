@@ -1,12 +1,19 @@
 """The shape of a Transformer: one frozen dataclass, shared by the twins.  Standard library only."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from npformer import options
+
 FORMAT_VERSION = 1  # of config.json
 LARGEST = 2**31 - 1  # of a size: whatever comes of two of them is an integer of NumPy and of torch
+CHOICES = {
+    "activation": ("relu", "gelu", "gelu_tanh"),
+    "positions": ("sinusoidal", "learned"),
+}
+# Below this no model can be; what is not listed is at least 1, ids are held to their vocabulary
+LEAST = {"n_encoder_layers": 0, "src_vocab_size": None, "src_pad_id": None, "tgt_pad_id": None}
 
 
 @dataclass(frozen=True)
@@ -42,17 +49,9 @@ class TransformerConfig:
     def __post_init__(self):
         if self.final_norm is None:
             object.__setattr__(self, "final_norm", self.norm_first)
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), type(field.default))
-        for name in ("tgt_vocab_size", "d_model", "n_heads", "d_ff", "n_decoder_layers", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and value > LARGEST:
-                raise ValueError(f"{field.name} must be at most {LARGEST}, got {_shown(value)}")
-        if self.n_encoder_layers < 0:
-            raise ValueError(f"n_encoder_layers must be at least 0, got {self.n_encoder_layers}")
+        for field in fields(self):  # NumPy's scalars come out as Python's, which JSON can write
+            value = _checked(field.name, getattr(self, field.name), type(field.default))
+            object.__setattr__(self, field.name, value)
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model={self.d_model} is not a multiple of n_heads={self.n_heads}: "
@@ -62,10 +61,6 @@ class TransformerConfig:
             pad, size = getattr(self, f"{side}_pad_id"), getattr(self, f"{side}_vocab_size")
             if not 0 <= pad < size:
                 raise ValueError(f"{side}_pad_id={pad} is not in the {side} vocabulary of {size}")
-        if self.activation not in ("relu", "gelu", "gelu_tanh"):
-            raise ValueError(f"activation must be relu, gelu or gelu_tanh, got {self.activation!r}")
-        if self.positions not in ("sinusoidal", "learned"):
-            raise ValueError(f"positions must be sinusoidal or learned, got {self.positions!r}")
         if self.share_embeddings and (
             (self.src_vocab_size, self.src_pad_id) != (self.tgt_vocab_size, self.tgt_pad_id)
         ):
@@ -73,12 +68,6 @@ class TransformerConfig:
                 "share_embeddings=True needs one vocabulary: src_vocab_size and src_pad_id must "
                 "equal tgt_vocab_size and tgt_pad_id"
             )
-        for kind in ("embedding", "attention", "activation", "sublayer"):
-            p = getattr(self, f"{kind}_dropout")
-            if not 0 <= p <= 1:
-                raise ValueError(f"{kind}_dropout is a probability, got {p}")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps must be positive, got {self.eps}")
 
     @property
     def d_head(self) -> int:  # D
@@ -124,21 +113,14 @@ class TransformerConfig:
         return cls(**values)
 
 
-def _check_type(name: str, value: Any, default_type: type) -> None:
-    """ints where ints are declared, numbers for floats: JSON and TOML bring anything."""
+def _checked(name: str, value: Any, default_type: type) -> Any:
+    """Of the kind that is declared, and in its range: JSON and TOML bring anything."""
     if name == "final_norm" or default_type is bool:
-        expected, ok = "true or false", isinstance(value, bool)
-    elif default_type is float:
-        expected, ok = "a number", isinstance(value, int | float) and not isinstance(value, bool)
-    elif default_type is str:
-        expected, ok = "a string", isinstance(value, str)
-    else:
-        expected, ok = "an integer", isinstance(value, int) and not isinstance(value, bool)
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """In a message: not all of it where it is long."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:36]} ..."
+        return options.flag(name, value)
+    if default_type is str:
+        return options.choice(name, value, CHOICES[name])
+    if name == "eps":
+        return options.positive(name, value)
+    if default_type is float:
+        return options.probability(name, value)
+    return options.integer(name, value, LEAST.get(name, 1), LARGEST)

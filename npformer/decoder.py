@@ -5,6 +5,8 @@ An encoder layer with one sublayer more, in the middle: cross-attention, where t
 encoder layers under a causal mask: see transformer.py.)
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -14,6 +16,7 @@ from npformer.feedforward import FeedForward
 from npformer.layers import LayerNorm
 from npformer.module import Module
 from npformer.ops import Array, Forward, Mask, Rng, dropout
+from npformer.options import flag, probability
 
 
 class DecoderLayer(Module):
@@ -40,7 +43,8 @@ class DecoderLayer(Module):
         rng: Rng,
         dtype: DTypeLike = np.float32,
     ):
-        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.norm_first = flag("norm_first", norm_first)
+        self.dropout = probability("sublayer_dropout", sublayer_dropout)
         self.self_attn = MultiHeadAttention(
             d_model, n_heads, attention_dropout, rng=rng, dtype=dtype
         )
@@ -162,8 +166,8 @@ class Decoder(Module):
     `backward` returns dx, dmemory.
     """
 
-    def __init__(self, layers: list[DecoderLayer], norm: LayerNorm | None = None):
-        self.layers = layers
+    def __init__(self, layers: Iterable[DecoderLayer], norm: LayerNorm | None = None):
+        self.layers = list(layers)
         self.norm = norm
 
     def forward(

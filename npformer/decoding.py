@@ -8,38 +8,56 @@ part of the input.  What was computed for the earlier ones is kept, see cache.py
     beam_search    the most likely answer, as far as a few candidates kept side by side can tell
     sample         a token by its probability: another answer each time
 
-Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen.
+Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen, unless
+`eos_id` names them.
 """
+
+import math
+from itertools import compress
 
 import numpy as np
 
-from npformer.answers import Hypothesis, check_beams, check_decoding, check_sampling
+from npformer.answers import (
+    Hypothesis,
+    Ids,
+    check_beams,
+    check_decoding,
+    check_rng,
+    check_sampling,
+    not_finite,
+)
 from npformer.cache import Cache
 from npformer.ops import Array, Rng, log_softmax, softmax
 from npformer.transformer import Transformer
 
 
 def greedy(
-    model: Transformer, src: Array, *, max_len: int, sos_id: int = 1, eos_id: int = 2
+    model: Transformer, src: Array, *, max_len: int, sos_id: int = 1, eos_id: Ids = 2
 ) -> list[list[int]]:
     """The most likely next token, again and again, until `eos_id` or `max_len` tokens.
 
     src (B, S) ids   ->   B lists of ids, without `sos_id` and `eos_id`.  Each sample stops on its
-    own, and those that are done are no longer computed.  Ties go to the lower id.  Raises
-    ValueError where max_len + 1 exceeds the model's positions.
+    own, and those that are done are no longer computed.  Ties go to the lower id.
+
+    eos_id   one id or several, each of which ends an answer; None: only max_len does
+
+    Raises ValueError where max_len + 1 exceeds the model's positions, for an id that the vocabulary
+    does not have, and for logits that are NaN.  A source is padded on the right: pads before a
+    token count as positions, so that its answer is not the one it gets without them.
     """
-    check_decoding(model, max_len)
-    answers: list[list[int]] = [[] for _ in src]
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
     cache = model.start(src)
-    running = np.arange(len(src))  # the samples that have not stopped
+    answers: list[list[int]] = [[] for _ in src]
+    running = list(range(len(src)))  # the samples that have not stopped
     token = np.full(len(src), sos_id)  # (B,)
-    while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(axis=-1)  # (B,)
-        going_on = token != eos_id
+        going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on)]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -54,7 +72,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = True,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[Hypothesis]]:
     """The best answers found by keeping the `num_beams` best beginnings at every length.
 
@@ -67,17 +85,19 @@ def beam_search(
     `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
-    check_decoding(model, max_len)
-    check_beams(num_beams, num_return_sequences)
-    B, K = len(src), num_beams
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
+    num_beams, num_return_sequences, length_penalty = check_beams(
+        num_beams, num_return_sequences, length_penalty, early_stopping, max_len
+    )
+    cache, B, K = model.start(src), len(src), num_beams
+    cache = cache.select(np.repeat(np.arange(B), K))  # beams of a sample side by side
     found: list[list[Hypothesis]] = [[] for _ in src]
-    cache = model.start(src).select(np.repeat(np.arange(B), K))  # beams of a sample side by side
-    running = np.arange(B)  # the samples that have not stopped
+    running = list(range(B))  # the samples that have not stopped
     tokens = np.full((B, K, 1), sos_id)
     scores = np.full((B, K), -np.inf)  # log p of each beginning; -inf: nobody is there
     scores[:, 0] = 0
-    while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, tokens[:, :, -1].reshape(-1), cache, sos_id)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, tokens[:, :, -1].reshape(-1), cache, allowed, running)
         log_p, _ = log_softmax(logits.astype(np.float64))  # (B K, V)
         V = log_p.shape[-1]
         # Every beginning, gone on with by every token
@@ -91,8 +111,8 @@ def beam_search(
         tokens = np.concatenate([tokens, token[:, :, np.newaxis]], axis=-1)  # (B, K, 1 + length)
 
         n = tokens.shape[-1] - 1
-        is_end = (token == eos_id) & np.isfinite(scores)
-        is_cut = np.isfinite(scores) & (n == max_len)
+        is_alive = np.isfinite(scores)
+        is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in zip(*np.nonzero(is_end | is_cut), strict=True):
             answer = tokens[i, k, 1:].tolist()
             score = float(scores[i, k]) / n**length_penalty
@@ -108,7 +128,7 @@ def beam_search(
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
         rows = (np.arange(len(running))[:, np.newaxis] * K + beam)[going_on].reshape(-1)
-        cache, running = cache.select(rows), running[going_on]
+        cache, running = cache.select(rows), [*compress(running, going_on)]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
     return [hypotheses[:num_return_sequences] for hypotheses in best_first]
@@ -124,7 +144,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[int]]:
     """Each token drawn by its probability: softmax(logits / temperature), less the unlikely ones.
 
@@ -134,20 +154,23 @@ def sample(
     top_k          only the k most likely tokens; 0: all
     top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
     """
-    check_decoding(model, max_len)
-    check_sampling(temperature, top_k, top_p)
-    answers: list[list[int]] = [[] for _ in src]
+    max_len, sos_id, allowed, goes_on = choices(model, max_len, sos_id, eos_id)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
+    check_rng(rng, np.random.Generator, "np.random.default_rng(0)")
     cache = model.start(src)
-    running, token = np.arange(len(src)), np.full(len(src), sos_id)  # (B,)
-    while running.size and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+    answers: list[list[int]] = [[] for _ in src]
+    running, token = list(range(len(src))), np.full(len(src), sos_id)  # (B,)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         p = probabilities(logits.astype(np.float64), temperature, top_k, top_p)  # (B, V)
         # The first token at which the running total exceeds a number drawn from [0, 1)
         total = p.cumsum(axis=-1)
         token = (total > rng.random((len(p), 1)) * total[:, -1:]).argmax(axis=-1)  # (B,)
-        going_on = token != eos_id
-        running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+        going_on = goes_on[token]
+        if not going_on.all():
+            running = [*compress(running, going_on)]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -166,9 +189,28 @@ def probabilities(logits: Array, temperature: float, top_k: int, top_p: float) -
     return kept
 
 
-def next_logits(model: Transformer, token: Array, cache: Cache, sos_id: int) -> tuple[Array, Cache]:
-    """What may come after `token` (B,): logits (B, V), in which pad and start are impossible."""
+def choices(
+    model: Transformer, max_len: int, sos_id: int, eos_id: Ids
+) -> tuple[int, int, Array, Array]:
+    """max_len and sos_id, checked; which tokens may be chosen (V,), and which do not end (V,).
+
+    Pad and start may not be chosen, unless `eos_id` names them.
+    """
+    max_len, sos_id, ends, never = check_decoding(model, max_len, sos_id, eos_id)
+    allowed, goes_on = np.ones((2, model.config.tgt_vocab_size), bool)
+    allowed[never], goes_on[ends] = False, False
+    return max_len, sos_id, allowed, goes_on
+
+
+def next_logits(
+    model: Transformer, token: Array, cache: Cache, allowed: Array, samples: list[int]
+) -> tuple[Array, Cache]:
+    """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
+
+    Raises ValueError, naming one of `samples`, where there is no most likely token: for NaN.
+    """
     logits, cache = model.step(token[:, np.newaxis], cache)  # (B, 1, V)
-    last = logits[:, -1].copy()  # (B, V)
-    last[:, [model.config.tgt_pad_id, sos_id]] = -np.inf
+    last = np.where(allowed, logits[:, -1], -np.inf)  # (B, V)
+    if not math.isfinite(last.max()):
+        raise not_finite(last.max(axis=-1).tolist(), samples, cache.length)
     return last, cache

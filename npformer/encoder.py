@@ -7,6 +7,8 @@ that the two can be compared line by line.
     pre-norm    x ← x + sublayer(norm(x))       the residual stream is never touched, only added to
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -16,6 +18,7 @@ from npformer.feedforward import FeedForward
 from npformer.layers import LayerNorm
 from npformer.module import Module
 from npformer.ops import Array, Forward, Mask, Rng, dropout
+from npformer.options import flag, probability
 
 
 class EncoderLayer(Module):
@@ -39,7 +42,8 @@ class EncoderLayer(Module):
         rng: Rng,
         dtype: DTypeLike = np.float32,
     ):
-        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.norm_first = flag("norm_first", norm_first)
+        self.dropout = probability("sublayer_dropout", sublayer_dropout)
         self.self_attn = MultiHeadAttention(
             d_model, n_heads, attention_dropout, rng=rng, dtype=dtype
         )
@@ -116,8 +120,8 @@ class Encoder(Module):
     x (B, S, C)   mask -> (B, H, S, S)   ->   y (B, S, C)
     """
 
-    def __init__(self, layers: list[EncoderLayer], norm: LayerNorm | None = None):
-        self.layers = layers
+    def __init__(self, layers: Iterable[EncoderLayer], norm: LayerNorm | None = None):
+        self.layers = list(layers)
         self.norm = norm
 
     def forward(self, x: Array, mask: Mask = None, rng: Rng | None = None) -> Forward:

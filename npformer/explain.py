@@ -4,11 +4,17 @@ print(explain_mask(ids=np.array([[3, 4, 0]]), pad_id=0, causal=True))
 print(explain_mask(mask))       # of any library: boolean, 0/1 or additive
 """
 
+import io
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
+from npformer import storage
+from npformer.checkpoint import blame
 from npformer.masks import causal_mask, padding_mask, window_mask
 from npformer.ops import Array
 
@@ -20,7 +26,9 @@ MEANINGS = {
     "window": "the key is too far back",
     "given": "the mask that was given says so",
 }
-MOST_SAMPLES, MOST_TOKENS = 4, 40
+MOST_SAMPLES, MOST_TOKENS = 4, 40  # that are shown
+MOST_PAIRS = 1 << 24  # of a query and a key, of all samples and heads: 4096 x 4096
+LARGEST_FILE = 128 << 20  # bytes: so many in float64
 
 
 class Reading(NamedTuple):
@@ -74,6 +82,26 @@ def _of_booleans(x: Array, kind: str) -> Reading:
     return Reading(x, f"{kind}, True = may attend")
 
 
+def load_mask(path: str | Path) -> Array:
+    """The array of a .npy file.  Raises CheckpointError for what is none, and unpickles nothing."""
+    with blame(path):
+        data = storage.read(path, LARGEST_FILE)
+        file = io.BytesIO(data)
+        try:
+            version = npy.read_magic(file)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, by_columns, dtype = read(file)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(f"not a .npy file ({error or 'nested too deep'})") from None
+        if dtype.kind not in "biuf":
+            raise ValueError(f"an array of {dtype}, and a mask is of booleans or numbers")
+        have, needed = len(data) - file.tell(), math.prod(shape) * dtype.itemsize
+        if have != needed:
+            raise ValueError(f"{have:,} bytes of numbers, {shape} of {dtype} are {needed:,}")
+        x = np.frombuffer(data, dtype, offset=file.tell())
+        return x.reshape(shape, order="F" if by_columns else "C")
+
+
 def explain_mask(
     mask: Any = None,
     *,
@@ -101,6 +129,7 @@ def explain_mask(
     S = _n_keys(ids, given, tokens)
     T = n_queries or (given.allowed.shape[-2] if given and given.allowed.ndim > 1 else 0)
     T = S if T in (0, 1) and n_queries is None else T
+    _check_pairs(given, ids, T, S)
     parts: dict[str, Array] = {}
     if ids is not None:
         parts["padding"] = padding_mask(np.atleast_2d(ids), pad_id)
@@ -121,6 +150,21 @@ def explain_mask(
     lines += _broadcasting(parts, shape)
     lines += _grids(parts, shape, tokens, query_tokens)
     return "\n".join(lines)
+
+
+def _check_pairs(given: Reading | None, ids: Array | None, T: int, S: int) -> None:
+    """Before there is anything of that size."""
+    shapes = [() if given is None else given.allowed.shape]
+    shapes += [] if ids is None else [(len(np.atleast_2d(ids)), 1, 1, S)]
+    try:
+        n_pairs = math.prod(np.broadcast_shapes((1, 1, T, S), *shapes))
+    except ValueError:
+        return  # said where all of them are known
+    if n_pairs > MOST_PAIRS:
+        raise ValueError(
+            f"{n_pairs:,} pairs of {T:,} queries and {S:,} keys are too many to explain, at most "
+            f"{MOST_PAIRS:,}: give a part of them"
+        )
 
 
 def _n_keys(ids: Array | None, given: Reading | None, tokens: Sequence[str] | None) -> int:

@@ -7,6 +7,7 @@ from npformer import ops
 from npformer.layers import Linear
 from npformer.module import Module
 from npformer.ops import Array, Forward, Rng
+from npformer.options import choice, integer, probability
 
 ACTIVATIONS = {"relu": ops.relu, "gelu": ops.gelu, "gelu_tanh": ops.gelu_tanh}
 
@@ -27,7 +28,9 @@ class FeedForward(Module):
         rng: Rng,
         dtype: DTypeLike = np.float32,
     ):
-        self.activation, self.dropout = ACTIVATIONS[activation], dropout
+        d_model, d_ff = integer("d_model", d_model, 1), integer("d_ff", d_ff, 1)
+        self.activation = ACTIVATIONS[choice("activation", activation, [*ACTIVATIONS])]
+        self.dropout = probability("dropout", dropout)
         self.linear1 = Linear(d_model, d_ff, rng=rng, dtype=dtype)
         self.linear2 = Linear(d_ff, d_model, rng=rng, dtype=dtype)
 

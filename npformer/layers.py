@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from npformer import ops
 from npformer.module import Module, Parameter
 from npformer.ops import Array, Forward, Rng
+from npformer.options import integer, not_negative
 
 
 class Linear(Module):
@@ -21,6 +22,7 @@ class Linear(Module):
     """
 
     def __init__(self, n_in: int, n_out: int, *, rng: Rng, dtype: DTypeLike = np.float32):
+        n_in, n_out = integer("n_in", n_in, 1), integer("n_out", n_out, 1)
         bound = math.sqrt(6 / (n_in + n_out))
         self.weight = Parameter(rng.uniform(-bound, bound, (n_out, n_in)).astype(dtype))
         self.bias = Parameter(np.zeros(n_out, dtype))
@@ -46,9 +48,12 @@ class Embedding(Module):
     def __init__(
         self, n: int, d_model: int, padding_idx: int, *, rng: Rng, dtype: DTypeLike = np.float32
     ):
+        n, d_model = integer("n", n, 1), integer("d_model", d_model, 1)
+        self.padding_idx = integer("padding_idx", padding_idx, 0)
+        if self.padding_idx >= n:
+            raise ValueError(f"padding_idx={padding_idx} is not in the vocabulary of {n}")
         self.weight = Parameter(rng.normal(0, d_model**-0.5, (n, d_model)).astype(dtype))
-        self.weight.data[padding_idx] = 0
-        self.padding_idx = padding_idx
+        self.weight.data[self.padding_idx] = 0
 
     def forward(self, ids: Array) -> Forward:
         y, backward_embedding = ops.embedding(ids, self.weight.data, self.padding_idx)
@@ -82,9 +87,10 @@ class LayerNorm(Module):
     """
 
     def __init__(self, d_model: int, eps: float = 1e-5, *, dtype: DTypeLike = np.float32):
+        d_model = integer("d_model", d_model, 1)
         self.weight = Parameter(np.ones(d_model, dtype))
         self.bias = Parameter(np.zeros(d_model, dtype))
-        self.eps = eps
+        self.eps = not_negative("eps", eps)
 
     def forward(self, x: Array) -> Forward:
         y, backward_norm = ops.layer_norm(x, self.weight.data, self.bias.data, self.eps)

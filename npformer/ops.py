@@ -30,6 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from npformer.options import integer, not_negative, probability, real
+
 Array = np.ndarray
 Mask = Array | None  # boolean; True means "may attend"
 Backward = Callable[..., Any]  # one gradient per array input, in order; bare if only one
@@ -234,7 +236,7 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     Hence `masked_fill(scores, ~mask, -np.inf)`.
     """
     _check_masked_fill(x, mask)
-    y = np.where(mask, float(value), x)  # a Python float: np.float64 would promote float32
+    y = np.where(mask, real("masked_fill: value", value), x)
     shape = x.shape
 
     def backward(dy):
@@ -301,6 +303,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
     As in PyTorch: statistics over the last axis, biased variance, eps inside the root.
     """
     _check_layer_norm(x, weight, bias)
+    eps = not_negative("layer_norm: eps", eps)
     shape, C = x.shape, x.shape[-1]
     x_rows = x.reshape(-1, C)
     xhat = x_rows - sum_last(x_rows) / C  # centre first: mean(x²) - mean(x)² cancels in float32
@@ -380,8 +383,7 @@ def dropout(x: Array, p: float, rng: Rng | None) -> Forward:
     Passing an rng *is* training mode: there is no flag to forget.
     """
     _check_floats("dropout", x=x)
-    if not 0 <= p <= 1:
-        raise ValueError(f"dropout: p is a probability, got {p}")
+    p = probability("dropout: p", p)
     if rng is None or p == 0:
         return x, lambda dy: dy
     factor = dropout_mask(x.shape, p, rng).astype(x.dtype)  # 0 or 1 ...
@@ -423,12 +425,13 @@ def cross_entropy(
     torch, the gradient 0, and a warning says so.
     """
     _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targets)
+    label_smoothing = float(label_smoothing)  # np.float64 would promote float32
     shape, V = logits.shape, logits.shape[-1]
     labels = targets.reshape(-1)  # (N,)
     counted = np.full(labels.shape, True) if ignore_index is None else labels != ignore_index
     labels = np.where(counted, labels, 0)  # any valid class: these rows are left out below
     rows = np.arange(len(labels))
-    n = int(counted.sum() if n_targets is None else n_targets)  # np.int64 would promote float32
+    n = int(counted.sum() if n_targets is None else n_targets)  # and so would np.int64
     if n == 0:
         warnings.warn("cross_entropy: every target is ignored, so the loss is NaN", stacklevel=2)
 
@@ -590,7 +593,9 @@ def _check_embedding(ids: Array, weight: Array, padding_idx: int | None) -> None
     if weight.ndim != 2:
         raise ValueError(f"embedding: weight must be (V, C), got shape {weight.shape}")
     _check_ids("embedding", ids, len(weight))
-    if padding_idx is not None and not 0 <= padding_idx < len(weight):
+    if padding_idx is None:
+        return
+    if not 0 <= integer("embedding: padding_idx", padding_idx) < len(weight):
         raise ValueError(
             f"embedding: padding_idx must be in 0..{len(weight) - 1}, a row of weight, "
             f"got {padding_idx}"
@@ -693,9 +698,9 @@ def _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targe
             "cross_entropy: logits must be (..., V) and targets (...), "
             f"got shapes {logits.shape} and {targets.shape}"
         )
-    kept = targets if ignore_index is None else targets[targets != ignore_index]
-    _check_ids("cross_entropy", kept, logits.shape[-1])
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if n_targets is not None and n_targets < 1:
-        raise ValueError(f"cross_entropy: n_targets must be at least 1, got {n_targets}")
+    if ignore_index is not None:
+        targets = targets[targets != integer("cross_entropy: ignore_index", ignore_index)]
+    _check_ids("cross_entropy", targets, logits.shape[-1])
+    probability("cross_entropy: label_smoothing", label_smoothing)
+    if n_targets is not None:
+        integer("cross_entropy: n_targets", n_targets, least=1)

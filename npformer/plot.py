@@ -1,11 +1,13 @@
 """Pictures, where matplotlib is installed; everything works without."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from npformer import checkpoint
 from npformer.tasks import Task
 
 
@@ -36,8 +38,21 @@ def draw_history(history: Mapping[str, Any], task: Task, path: str | Path) -> bo
     scores.set(ylabel=f"{label} (%)", ylim=(0, None if task.lower_is_better else 102))
     axes.set_title(f"npformer: {task.name}")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, dpi=150)
     return True
+
+
+def write_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """Drawn in memory and then written whole; the format is that of the name, PNG without one.
+
+    Raises ValueError for a format that there is not, CheckpointError for a place that will not do.
+    """
+    kinds, kind = figure.canvas.get_supported_filetypes(), Path(path).suffix[1:].lower() or "png"
+    if kind not in kinds:
+        raise ValueError(f"{path}: there is no picture format {kind!r}, but {', '.join(kinds)}")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=kind, dpi=dpi)
+    checkpoint.write_atomically(path, drawn.getvalue())
 
 
 def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
@@ -69,7 +84,7 @@ def draw_alignment(alignment: Any, path: str | Path) -> bool:
     axes.set_ylabel("sounds: who attends")
     for edge in axes.spines.values():
         edge.set_visible(False)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, dpi=150)
     return True
 
 
@@ -106,7 +121,7 @@ def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str
                 axes.set_ylabel(entry.name.removesuffix(".weights"), fontsize=6)
             if i == 0:
                 axes.set_title(f"head {head}", fontsize=8)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
     return True
 
 
@@ -144,7 +159,7 @@ def draw_embeddings(
     grid[0, n].set(title="positions: cosine of each pair", xlabel="position", ylabel="position")
     grid[1, n].imshow(positions, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     grid[1, n].set(title="position vectors", xlabel="feature", ylabel="position")
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path, dpi=110)
     return True
 
 

@@ -7,6 +7,7 @@ from numpy.typing import DTypeLike
 
 from npformer.module import Module, Parameter
 from npformer.ops import Array, Forward, Rng
+from npformer.options import integer
 
 
 def sinusoidal_table(n: int, d_model: int) -> Array:
@@ -16,6 +17,7 @@ def sinusoidal_table(n: int, d_model: int) -> Array:
     with t, so PE[t + k] is PE[t] rotated by a fixed angle: a linear map that depends on k alone.
     Always float64; an odd C leaves out the last cosine.
     """
+    n, d_model = integer("n", n, 1), integer("d_model", d_model, 1)
     t = np.arange(n)[:, np.newaxis]  # (n, 1)
     frequency = np.exp(-math.log(10000) / d_model * np.arange(0, d_model, 2))  # 1 / 10000^(2i/C)
     angle = t * frequency  # (n, ceil(C/2)), in radians
@@ -32,7 +34,7 @@ class SinusoidalPositions(Module):
     """
 
     def __init__(self, max_len: int, d_model: int):
-        self.table = sinusoidal_table(max_len, d_model)
+        self.table = sinusoidal_table(integer("max_len", max_len, 1), d_model)
 
     def forward(self, x: Array, offset: int = 0) -> Forward:
         _check_length(x, offset, len(self.table))
@@ -47,6 +49,7 @@ class LearnedPositions(Module):
     """
 
     def __init__(self, max_len: int, d_model: int, *, rng: Rng, dtype: DTypeLike = np.float32):
+        max_len, d_model = integer("max_len", max_len, 1), integer("d_model", d_model, 1)
         self.weight = Parameter(rng.normal(0, d_model**-0.5, (max_len, d_model)).astype(dtype))
 
     def forward(self, x: Array, offset: int = 0) -> Forward:
@@ -62,9 +65,7 @@ class LearnedPositions(Module):
 
 
 def _check_length(x: Array, offset: int, max_len: int) -> None:
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
-    if offset + x.shape[1] > max_len:
+    if integer("offset", offset, 0) + x.shape[1] > max_len:
         raise ValueError(
             f"the sequence has {offset + x.shape[1]} positions, the model has {max_len} (max_len)"
         )

@@ -8,11 +8,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from npformer.checkpoint import CheckpointError
+from npformer import storage
+from npformer.checkpoint import CheckpointError, blame
 from npformer.config import TransformerConfig
 from npformer.tasks import Task
 from npformer.training import Recipe
 
+LARGEST = 1 << 20  # bytes of a TOML file
+SHORT = 0.2  # of the longest: a batch of words is as long as its longest, few have 40 letters
 Settings = dict[str, dict[str, Any]]  # {"model": fields of the config, "recipe": of the recipe}
 
 NO_DROPOUT = {
@@ -104,12 +107,12 @@ def read(file: str | Path) -> Settings:
         "model": {f.name for f in fields(TransformerConfig)},
         "recipe": {f.name for f in fields(Recipe)},
     }
-    try:
-        values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not TOML ({error})") from None
+    with blame(file):
+        data = storage.read(file, LARGEST)
+        try:
+            values = tomllib.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file}: not TOML ({error})") from None
     for part, table in values.items():
         if part not in known or not isinstance(table, dict):
             raise CheckpointError(f"{file}: unknown table [{part}], there are [model] and [recipe]")
@@ -135,3 +138,14 @@ def build(task: Task, chosen: Settings) -> tuple[TransformerConfig, Recipe]:
     if config.n_encoder_layers == 0:
         raise ValueError(f"{task.name} needs an encoder: n_encoder_layers must be at least 1")
     return config, Recipe(**chosen["recipe"])
+
+
+def bytes_to_train(task: Task, config: TransformerConfig, recipe: Recipe) -> int:
+    """About what training takes, rather less: to refuse what is out of all reach."""
+    weights = 4 * 4 * config.n_parameters  # float32: they, their gradients, Adam's two means
+    drawn = 8 * config.d_model * max(config.d_ff, config.src_vocab_size, config.tgt_vocab_size)
+    tables = 8 * config.d_model * config.max_len * (2 if config.positions == "sinusoidal" else 0)
+    tokens = recipe.batch_size * (SHORT * task.max_src_len + SHORT * task.max_tgt_len)
+    width = 8 * config.d_model + 2 * config.d_ff  # numbers that a layer keeps of a token
+    kept = 4 * width * max(config.n_encoder_layers, config.n_decoder_layers)
+    return weights + drawn + tables + int(tokens * kept)

@@ -23,6 +23,7 @@ from npformer.transformer import Transformer
 
 SHIPPED = Path(__file__).parent / "weights" / "g2p"
 N_TOGETHER = 256  # words that are decoded as one batch
+N_ROWS = 640  # hypotheses of all of them: their keys and values take 400 MB at the most
 LONGEST_LINE = 4096  # bytes; what follows is not even looked at
 
 
@@ -92,14 +93,17 @@ class Pronouncer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Pronouncer":
-        """Raises CheckpointError for a folder without a model of pronunciation."""
-        from npformer.checkpoint import CheckpointError
+        """Raises CheckpointError for a folder without a model of pronunciation, or with NaN."""
+        from npformer.checkpoint import MODEL, CheckpointError, check_finite
         from npformer.training import RUN, load_run
 
         task = load_run(folder)["task"]
         if task not in g2p.NAMES:
             raise CheckpointError(f"{Path(folder) / RUN}: a model of {task}, not of pronunciation")
-        return cls(Transformer.load(folder), g2p.make(task))
+        model = Transformer.load(folder)
+        weights = {name: p.data for name, p in model.named_parameters()}
+        check_finite(Path(folder) / MODEL, weights)
+        return cls(model, g2p.make(task))
 
     def answer(
         self, words: Sequence[str], *, nbest: int, beam: int, model: bool, stress: bool
@@ -136,6 +140,10 @@ class Pronouncer:
 
     def _decode(self, sources: list[list[int]], nbest: int, beam: int) -> list[list]:
         """Of each word the phones and their score, best first."""
+        n_words = max(1, N_ROWS // max(beam, nbest))
+        if len(sources) > n_words:
+            parts = [sources[i : i + n_words] for i in range(0, len(sources), n_words)]
+            return [answer for part in parts for answer in self._decode(part, nbest, beam)]
         decode, src = self.task.tgt_vocabulary.decode, pad(sources)
         options: dict[str, Any] = {"max_len": self.task.max_tgt_len, "sos_id": SOS, "eos_id": EOS}
         if beam == nbest == 1:

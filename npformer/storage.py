@@ -254,7 +254,7 @@ _held = threading.local()  # .folders: what this thread has locked
 def lock(folder: str | Path) -> Iterator[None]:
     """The folder is this thread's to train in; made if need be, removed again if nothing came.
 
-    Raises ValueError where another has it.  Who has it may lock it again.
+    Raises BlockingIOError where another has it.  Who has it may lock it again.
     """
     folder, held = Path(folder), _held.__dict__.setdefault("folders", set())
     place = os.path.realpath(folder)
@@ -288,7 +288,8 @@ def _take(folder: Path) -> int:
         if not is_free:
             owner = os.read(file, 20).decode("ascii", "replace").strip()
             os.close(file)
-            raise ValueError(f"{folder}: another training is at work there (process {owner})")
+            reason = f"another training is at work there (process {owner})"
+            raise BlockingIOError(errno.EAGAIN, reason, str(folder))
         if os.fstat(file).st_nlink:  # else its owner removed it just now
             os.ftruncate(file, 0)
             os.write(file, f"{os.getpid()}\n".encode())

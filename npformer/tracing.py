@@ -18,7 +18,7 @@ On disk a trace is a folder that any program can write:
 import ast
 import functools
 import inspect
-import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +38,7 @@ PACKAGE = Path(__file__).parent
 READ = ("ops", "layers", "attention", "feedforward", "positional", "encoder", "decoder")
 READ += ("transformer",)
 FORMAT_VERSION = 1
+TRACE, ARRAYS = "trace.json", "trace.safetensors"
 
 
 @dataclass(frozen=True)
@@ -92,34 +93,54 @@ class Trace:
             about = asdict(entry) | {"shape": list(entry.shape), "dtype": entry.dtype}
             about.pop("value")
             described.append(about)
-        content = {"format_version": FORMAT_VERSION, "about": self.about, "entries": described}
-        checkpoint.save_tensors(folder / "trace.safetensors", arrays, {})
-        checkpoint.save_json(folder / "trace.json", content)
+        about = {
+            name: str(x) if isinstance(x, float) and not math.isfinite(x) else x
+            for name, x in self.about.items()  # JSON has neither NaN nor infinity
+        }
+        content = {"format_version": FORMAT_VERSION, "about": about, "entries": described}
+        content["checksum"] = checkpoint.checksum(arrays, {})  # says which arrays are meant
+        checkpoint.save_together(folder / TRACE, content, folder / ARRAYS, arrays)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Trace":
         """Raises CheckpointError for a folder that is no trace."""
-        path = Path(folder) / "trace.json"
-        content = checkpoint.load_json(path)
-        with checkpoint.blame(path):
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"format_version is {content['format_version']!r}, not 1")
-            arrays, _ = checkpoint.load_tensors(Path(folder) / "trace.safetensors")
-            if len(arrays) != len(content["entries"]):
-                raise ValueError(f"{len(content['entries'])} entries, but {len(arrays)} arrays")
-            entries = [
-                Entry(
-                    e["name"],
-                    e["phase"],
-                    arrays[f"{i:06}"],
-                    e.get("letters", ""),
-                    e.get("formula", ""),
-                    e.get("file", ""),
-                    int(e.get("line", 0)),
-                )
-                for i, e in enumerate(content["entries"])
-            ]
-            return cls(entries, content.get("about", {}))
+        folder = Path(folder)
+        return checkpoint.steady(folder / ARRAYS, lambda: cls(*_contents(folder)))
+
+
+def _contents(folder: Path) -> tuple[list[Entry], dict[str, Any]]:
+    content = checkpoint.load_json(folder / TRACE)
+    with checkpoint.blame(folder / TRACE):
+        if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+            version = content.get("format_version") if isinstance(content, dict) else None
+            raise ValueError(f"format_version is {checkpoint.shortened(version)}, not 1")
+        described, about = content.get("entries"), content.get("about", {})
+        if not isinstance(described, list) or not isinstance(about, dict):
+            raise ValueError("lacks a list of entries, or about is no object")
+        arrays, _ = checkpoint.load_tensors(folder / ARRAYS)
+        if content.get("checksum") not in (None, checkpoint.checksum(arrays, {})):
+            raise ValueError(f"{ARRAYS} here is not the one that was written with it")
+        if sorted(arrays) != [f"{i:06}" for i in range(len(described))]:
+            raise ValueError(f"{len(described)} entries, but {len(arrays)} arrays or other names")
+        return [_entry(e, arrays[f"{i:06}"]) for i, e in enumerate(described)], about
+
+
+def _entry(about: Any, value: Array) -> Entry:
+    """As it is described in the file.  Raises ValueError where that is nonsense."""
+    optional = {"letters": "", "formula": "", "file": "", "line": 0}
+    if not isinstance(about, dict):
+        raise ValueError(f"an entry is {checkpoint.shortened(about)}, not an object")
+    said = optional | {k: about[k] for k in ("name", "phase", *optional) if k in about}
+    for key in ("name", "phase"):
+        if key not in said:
+            raise ValueError(f"an entry lacks {key!r}")
+    for key, x in said.items():
+        kind = int if key == "line" else str
+        if not isinstance(x, kind) or isinstance(x, bool):
+            raise ValueError(f"the {key} of an entry is {checkpoint.shortened(x)}")
+    if value.dtype.kind not in "biuf":
+        raise ValueError(f"{said['name']} is of {value.dtype}")
+    return Entry(value=value, **said)
 
 
 # --- Looking ----------------------------------------------------------------------------------
@@ -417,16 +438,26 @@ def _compare(entry: Entry, other: Array, bound: float | None) -> str | None:
     return compare.report(entry.name, entry.value, other, bound * scale)
 
 
+def _config(seen: Trace) -> dict[str, Any]:
+    try:
+        found = checkpoint.parse_json(seen.about["config"])
+    except (TypeError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"config of a trace is {checkpoint.shortened(seen.about['config'])}")
+    return found
+
+
 def _check_same_model(a: Trace, b: Trace) -> None:
     """Where both say what their model is."""
     if "config" not in a.about or "config" not in b.about:
         return
-    ours, theirs = (json.loads(seen.about["config"]) for seen in (a, b))
+    ours, theirs = _config(a), _config(b)
     for name, value in ours.items():
         if theirs.get(name, value) != value:
             raise ValueError(
-                f"traces of different models: {name} is {value!r} in one, {theirs[name]!r} in the "
-                "other"
+                f"traces of different models: {name} is {checkpoint.shortened(value)} in one, "
+                f"{checkpoint.shortened(theirs[name])} in the other"
             )
     if a.about.get("inputs") != b.about.get("inputs"):
         raise ValueError(

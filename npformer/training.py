@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,18 +30,19 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, schedules, storage
-from npformer.checkpoint import CheckpointError
+from npformer import checkpoint, runs, schedules
+from npformer.checkpoint import parse_json
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
 from npformer.ops import Array, Rng, cross_entropy
 from npformer.optim import Adam, clip_grad_norm
 from npformer.parallel import BatchThreads
+from npformer.runs import HISTORY, RECENT, RESUME, RUN, load_run
 from npformer.tasks import EOS, PAD, SOS, Batch, Example, Task, pad
 from npformer.transformer import Transformer
 
-RUN, HISTORY, RESUME, RECENT = "run.json", "history.json", "resume.safetensors", "recent"
-LOSS_CURVE = "loss.png"  # the command line's
+__all__ = ["HISTORY", "RECENT", "RESUME", "RUN", "load_run"]
+MOST = {"batch_size": 2**16, "dev_examples": 10**6, "average": 1000}  # beyond sense, before harm
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,12 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if value > (most := MOST.get(name, 10**9)):
+                raise ValueError(f"{name} must be at most {most}, got {value}")
         if not isinstance(self.average, int) or isinstance(self.average, bool) or self.average < 0:
             raise ValueError(f"average must be an integer of at least 0, got {self.average!r}")
+        if self.average > MOST["average"]:
+            raise ValueError(f"average must be at most {MOST['average']}, got {self.average}")
         for name in ("rate", "clip", "eps"):
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
@@ -218,7 +223,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, text: str) -> "Progress":
-        values = json.loads(text)
+        values = parse_json(text)
         names = {f.name for f in fields(cls)}
         later = {"since_best", "recent"}  # than the first version
         if not (isinstance(values, dict) and names - later <= set(values) <= names):
@@ -284,9 +289,7 @@ def run(
     about |= {"recipe": asdict(recipe), "versions": versions()}
     about.pop("results", None)  # of the run as it ended before
     folder, report = Path(folder), report or Silent()
-    with ExitStack() as held:
-        with checkpoint.blame(folder):
-            held.enter_context(storage.lock(folder))
+    with runs.locked(folder):
         run = _Run(trainer, task, folder, recipe, about, report, clock, test_examples)
         run.begin(resume, overwrite)
         ended = run.train()
@@ -314,7 +317,8 @@ class _Run:
         if resume and has_begun(self.folder):
             self.progress = self._load()
         elif not resume:
-            make_room(self.folder, overwrite)
+            runs.claim(self.folder, "run", overwrite, "resume it, ")
+            runs.clear(self.folder, "run")
         checkpoint.save_json(self.folder / RUN, self.about)
         self.started = self.clock() - self.progress.seconds
         if self.progress.step == 0:
@@ -460,7 +464,7 @@ class _Run:
                     raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
             if TransformerConfig.from_json(metadata["config"]) != self.trainer.config:
                 raise ValueError("the run has another model configuration")
-            theirs, ours = Recipe(**json.loads(metadata["recipe"])), asdict(self.recipe)
+            theirs, ours = Recipe(**parse_json(metadata["recipe"])), asdict(self.recipe)
             for name, value in asdict(theirs).items():
                 if name != "steps" and ours[name] != value:  # more steps may be wanted
                     raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
@@ -469,7 +473,7 @@ class _Run:
             for name, x in tensors.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = x
-            self.trainer.load(parts["model"], parts["state"], json.loads(metadata["values"]))
+            self.trainer.load(parts["model"], parts["state"], parse_json(metadata["values"]))
             return progress
 
     def _keep(self) -> None:
@@ -482,9 +486,10 @@ class _Run:
 
     def _forget(self) -> None:
         """Remove the weights that will not be averaged; after the save that says so."""
-        for step in _snapshots(self.folder):
-            if step not in self.progress.recent:
-                _snapshot(self.folder, step).unlink()
+        kept = [_snapshot(self.folder, step) for step in self.progress.recent]
+        for path in runs.listed(self.folder / RECENT):
+            if path not in kept:
+                path.unlink()
 
     def _average(self) -> dict[str, Array]:
         """Their mean: nearer to the middle of the valley than any of them.
@@ -501,27 +506,8 @@ def has_begun(folder: Path) -> bool:
     return any((folder / name).exists() for name in (RESUME, checkpoint.MODEL, HISTORY))
 
 
-def make_room(folder: Path, overwrite: bool) -> None:
-    """Remove the run in `folder`, if that is wanted.  Raises ValueError where it is not."""
-    if not (folder / RUN).exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} holds a run: resume it, overwrite it, or take another folder")
-    load_run(folder)  # it is ours, or it is refused
-    for step in _snapshots(folder):
-        _snapshot(folder, step).unlink()
-    for name in (RESUME, HISTORY, checkpoint.MODEL, checkpoint.CONFIG, LOSS_CURVE):
-        (folder / name).unlink(missing_ok=True)
-
-
 def _snapshot(folder: Path, step: int) -> Path:
     return folder / RECENT / f"{step:08d}.safetensors"
-
-
-def _snapshots(folder: Path) -> list[int]:
-    """The steps of which the folder has the weights; what is named otherwise is not ours."""
-    names = [path.stem for path in (folder / RECENT).glob("*.safetensors")]
-    return sorted(int(name) for name in names if name.isdecimal() and len(name) >= 8)
 
 
 def score(
@@ -576,36 +562,6 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler or signal.SIG_DFL)
-
-
-def load_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of a trained folder: its task, recipe and seed.  Raises CheckpointError."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
-    about = checkpoint.load_json(folder / RUN)
-    if not isinstance(about, dict) or not {"task", "backend", "seed", "recipe"} <= set(about):
-        raise CheckpointError(f"{folder / RUN}: does not say what was trained")
-    threads, plan = about.get("threads"), about.get("plan", {})
-    for name, is_right in (
-        ("task", isinstance(about["task"], str)),
-        ("backend", about["backend"] in ("numpy", "torch")),
-        ("seed", _is_count(about["seed"])),
-        ("config", isinstance(about.get("config", ""), str)),
-        ("recipe", isinstance(about["recipe"], dict)),
-        ("threads", threads is None or (_is_count(threads) and threads > 0)),
-        ("precision", about.get("precision") in (None, "float32", "bfloat16")),
-        ("compile", isinstance(about.get("compile"), bool | None)),
-        ("capture", isinstance(about.get("capture"), bool | None)),
-        ("plan", isinstance(plan, dict) and all(_is_limit(x) for x in plan.values())),
-    ):
-        if not is_right:
-            raise CheckpointError(f"{folder / RUN}: {name} cannot be {about[name]!r}")
-    return about
-
-
-def _is_limit(value: Any) -> bool:
-    return value is None or (_is_number(value) and 0 < value < math.inf)
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from npformer import ops
+from npformer.attention import check_heads_mask
 from npformer.cache import Cache, LayerCache
 from npformer.config import TransformerConfig
 from npformer.decoder import Decoder, DecoderLayer
@@ -38,7 +39,8 @@ class Transformer(Module):
 
     The padding masks of both sides and the causal mask of the target are made from the ids.  A
     mask that is given besides is `&`-ed to them: src_mask -> (B, H, S, S), for the encoder, and
-    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Decoder-only: src is None.
+    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Which shapes a mask may have:
+    see MultiHeadAttention.  Decoder-only: src is None.
 
     `rng` draws the initial weights; the same seed gives both twins the same model.
     """
@@ -127,6 +129,7 @@ class Transformer(Module):
 
     def encode(self, src: Array, src_mask: Mask = None, rng: Rng | None = None) -> Forward:
         """src (B, S)   ->   memory (B, S, C)"""
+        self._check_source(src)
         mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
         mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
@@ -138,11 +141,16 @@ class Transformer(Module):
         self,
         tgt: Array,
         memory: Array | None,
-        memory_mask: Mask,
+        memory_mask: Mask = None,
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory"""
+        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory
+
+        memory_mask -> (B, H, T, S); None: all of the memory may be attended to
+        """
+        self._check_ids("tgt", "(B, T)", tgt)
+        self._check_memory(memory, memory_mask, tgt)
         mask = padding_mask(tgt, self.config.tgt_pad_id) & causal_mask(tgt.shape[1])
         mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, T)
         x, backward_embed = self.embed(tgt, self.tgt_embedding, self.tgt_positions, rng)
@@ -154,7 +162,7 @@ class Transformer(Module):
         logits, backward_head = to_logits(y)  # (B, T, V)
 
         def backward(dlogits):
-            if memory_mask is None:
+            if memory is None:
                 return backward_embed(backward_decoder(backward_head(dlogits)))
             dx, dmemory = backward_decoder(backward_head(dlogits))
             backward_embed(dx)
@@ -188,8 +196,9 @@ class Transformer(Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
-        mask = known & causal_mask(tgt.shape[1], offset=offset)
-        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, length + T)
+        T = tgt.shape[1]
+        mask = known if T == 1 else known & causal_mask(T, offset=offset)  # nothing comes after one
+        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
         with no_grad():
             x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
             if cache.memory_mask is None:
@@ -267,10 +276,29 @@ class Transformer(Module):
                 f"{self.config.max_len} (max_len)"
             )
 
+    def _check_memory(self, memory: Array | None, memory_mask: Mask, tgt: Array) -> None:
+        if (memory is None) != (self.encoder is None):
+            raise ValueError(
+                "Transformer: memory must be None, the model is decoder-only"
+                if self.encoder is None
+                else "Transformer: memory is None, but the model has an encoder"
+            )
+        if memory is None:
+            if memory_mask is not None:
+                raise ValueError("Transformer: memory_mask is given, but there is no memory")
+            return
+        if memory.ndim != 3 or len(memory) != len(tgt):
+            raise ValueError(
+                f"Transformer: memory must be (B, S, C) with B = {len(tgt)}, the samples of tgt, "
+                f"got shape {memory.shape}"
+            )
+        scores = (len(tgt), self.config.n_heads, tgt.shape[1], memory.shape[1])  # (B, H, T, S)
+        check_heads_mask("Transformer", memory_mask, scores, "memory_mask")
+
     def _and(self, name: str, given: Mask, mask: Array, T: int) -> Array:
         """A mask that was given allows nothing that ours forbids.   mask (B, 1, T or 1, S)"""
         if given is None:
             return mask
         scores = (len(mask), self.config.n_heads, T, mask.shape[-1])  # (B, H, T, S)
-        ops.check_mask("Transformer", given, scores, name)
+        check_heads_mask("Transformer", given, scores, name)
         return mask & given

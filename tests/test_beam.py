@@ -21,6 +21,7 @@ IDS = {"src_pad_id": PAD, "tgt_pad_id": PAD, "share_embeddings": False}
 # agree to OUTPUT of the largest, some tens; a penalty of -0.5 multiplies by up to sqrt(8).
 CLOSE = 8 * 2 * 50 * 3 * OUTPUT
 
+ends = st.sampled_from([EOS, PAD, SOS, [EOS, 4], None])  # of one id, of several, or none
 penalties = st.sampled_from([-0.5, 0.0, 0.6, 1.0, 2.0])
 
 
@@ -58,11 +59,12 @@ def tell_apart(hypotheses):
     return all(b - a > 1e-9 for a, b in itertools.pairwise(scores))
 
 
-@given(models_and_sources(), st.integers(1, 8), penalties)
-def test_one_beam_is_greedy(drawn, max_len, penalty):
+@given(models_and_sources(), st.integers(1, 8), penalties, ends)
+def test_one_beam_is_greedy(drawn, max_len, penalty, eos_id):
     model, src = drawn
-    found = npformer.beam_search(model, src, max_len=max_len, num_beams=1, length_penalty=penalty)
-    expected = npformer.greedy(model, src, max_len=max_len)
+    options = {"max_len": max_len, "eos_id": eos_id}
+    found = npformer.beam_search(model, src, num_beams=1, length_penalty=penalty, **options)
+    expected = npformer.greedy(model, src, **options)
     assert [hypotheses[0].tokens for hypotheses in found] == expected
 
 
@@ -89,11 +91,11 @@ def test_with_a_beam_for_everything_it_is_exhaustive(drawn, penalty, early):
         )
 
 
-@given(models_and_sources(), st.integers(1, 8), st.integers(1, 6), penalties)
-def test_both_twins_find_the_same_n_best(drawn, max_len, beams, penalty):
+@given(models_and_sources(), st.integers(1, 8), st.integers(1, 6), penalties, ends)
+def test_both_twins_find_the_same_n_best(drawn, max_len, beams, penalty, eos_id):
     model, src = drawn
     options = {"max_len": max_len, "num_beams": beams, "num_return_sequences": beams}
-    options["length_penalty"] = penalty
+    options |= {"length_penalty": penalty, "eos_id": eos_id}
     ours = npformer.beam_search(model, src, **options)
     twin = to_torch(model).eval()
     theirs = torchformer.beam_search(twin, torch.tensor(src), **options)
@@ -139,6 +141,46 @@ def test_samples_do_not_know_of_each_other(drawn, max_len, beams):
         (alone,) = npformer.beam_search(model, source[None], **options)
         if tell_apart(alone):
             assert [h.tokens for h in together[i]] == [h.tokens for h in alone]
+
+
+@pytest.mark.parametrize("end", [PAD, SOS])
+def test_an_end_that_is_the_pad_or_the_start_is_found_like_any_other(end):
+    """The best of all that can be said in two tokens, and with more beams than there are tokens."""
+    config = npformer.TransformerConfig(6, 5, 8, 2, 12, n_encoder_layers=1, n_decoder_layers=1)
+    model, src = make_model(config, 1), np.array([[3, 4]])
+    others, expected = [i for i in range(5) if i not in (PAD, SOS)], []
+    rows = model.infer(np.repeat(src, 4, axis=0), np.array([[SOS, i] for i in (end, *others)]))
+    keep = [end, *others]
+    log_p = rows[:, :, keep] - np.logaddexp.reduce(rows[:, :, keep], axis=-1, keepdims=True)
+    expected.append(([], log_p[0, 0, 0]))
+    for i, token in enumerate(others, 1):
+        expected.append(([token], (log_p[0, 0, i] + log_p[i, 1, 0]) / 2))
+        for j, second in enumerate(others, 1):
+            expected.append(([token, second], (log_p[0, 0, i] + log_p[i, 1, j]) / 2))
+    expected.sort(key=lambda pair: -pair[1])
+    options = {"max_len": 2, "num_beams": 20, "num_return_sequences": 20, "eos_id": end}
+    twin = to_torch(model).eval()
+    for (found,) in (
+        npformer.beam_search(model, src, **options),
+        torchformer.beam_search(twin, torch.tensor(src), **options),
+    ):
+        assert [h.tokens for h in found] == [tokens for tokens, _ in expected]
+        np.testing.assert_allclose(
+            [h.score for h in found], [score for _, score in expected], rtol=0, atol=1e-12
+        )
+
+
+def test_options_may_be_numpys_numbers():
+    """Its float32 made a score of float32, rounded to 1e-8."""
+    model, src = make_model(CONFIG, 1), np.array([[3, 4]])
+    plain = npformer.beam_search(model, src, max_len=4, num_beams=3, length_penalty=0.5)
+    scalars = {"max_len": np.int8(4), "num_beams": np.int64(3), "length_penalty": np.float32(0.5)}
+    assert npformer.beam_search(model, src, **scalars, sos_id=np.int8(1)) == plain
+    twin = to_torch(model).eval()
+    expected = torchformer.beam_search(
+        twin, torch.tensor(src), max_len=4, num_beams=3, length_penalty=0.5
+    )
+    assert torchformer.beam_search(twin, torch.tensor(src), **scalars) == expected
 
 
 CONFIG = npformer.TransformerConfig(9, 9, d_model=8, n_heads=2, d_ff=12, max_len=6)

@@ -140,6 +140,22 @@ def test_out_of_memory_says_the_batch_that_would_fit_and_leaves_no_graph(recorde
     assert not trainer.captured.inputs
 
 
+def test_out_of_memory_for_graphs_alone_is_said_to_be_that(recorded, monkeypatch):
+    trainer = trainer_of(True)
+    for _ in range(2):
+        trainer.step(ragged(3), RATE)
+    forward = trainer.model.forward
+
+    def limited(*args, **options):
+        if trainer.captured.graphs:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(trainer.model, "forward", limited)
+    with pytest.raises(ValueError, match="a batch of 8 and CUDA graphs: --no-capture would fit"):
+        trainer.step(ragged(6), RATE)
+
+
 def test_without_a_cuda_device_it_is_refused_in_one_line(capsys, tmp_path):
     out = ["--out", str(tmp_path / "run"), "--steps", "1"]
     for arguments, line in [

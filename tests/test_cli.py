@@ -370,11 +370,27 @@ def test_a_full_disk_ends_training_and_keeps_the_best_checkpoint(tmp_path, monke
     assert not [name for name in os.listdir(out) if name.startswith(".")]
 
 
+LARGE = {
+    "[model]\nd_model = 1000000000000\n": "d_model must be at most 2147483647, got 1000000000000",
+    f"[model]\nd_ff = {10**400}\n": "d_ff must be at most",
+    "[model]\nd_model = 2000000000\n": "to train this model needs 1,536,",
+    "[model]\nd_ff = 2000000000\n": "GB of memory, there are",
+    "[model]\nn_decoder_layers = 200000000\n": "GB of memory, there are",
+    "[model]\nmax_len = 2000000000\n": "GB of memory, there are",
+    "[recipe]\nbatch_size = 1000000\n": "batch_size must be at most 65536, got 1000000",
+    f"[recipe]\nsteps = {10**400}\n": "steps must be at most 1000000000, got 1000",
+    f"[recipe]\nsteps = 1{'0' * 5000}\n": "large.toml: not TOML (Exceeds the limit",
+    f"[recipe]\nrate = {'[' * 10**5}\n": "large.toml: not TOML (",
+    "[recipe]\nrate = inf\n": "rate must be positive, got inf",
+}
+
+
 def test_a_model_that_no_memory_holds_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("large.toml").write_text("[model]\nd_model = 1000000000000\n")
-    assert "Unable to allocate" in refused(capsys, "train", "sort", "--config", "large.toml")
-    assert os.listdir() == ["large.toml"]
+    for text, said in LARGE.items():
+        Path("large.toml").write_text(text)
+        assert said in refused(capsys, "train", "sort", "--config", "large.toml"), text
+        assert os.listdir() == ["large.toml"]
 
 
 @pytest.mark.parametrize(

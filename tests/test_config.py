@@ -261,7 +261,7 @@ def test_a_toml_file_with_a_mistake_is_refused(tmp_path, text, message):
 def test_a_toml_file_that_is_not_there_or_no_text_is_refused(tmp_path):
     task = tasks.load("sort")
     (tmp_path / "bytes").write_bytes(b"\xff")
-    for name, reason in (("nowhere", "No such file"), ("bytes", "not TOML"), (".", "directory")):
+    for name, reason in (("nowhere", "no such file"), ("bytes", "not TOML"), (".", "directory")):
         with pytest.raises(CheckpointError, match=reason):
             presets.settings(task, file=tmp_path / name)
     with pytest.raises(ValueError, match="sort has no preset 'big', there are: default, notes, "):

@@ -11,7 +11,7 @@ import pytest
 
 from npformer import allocator, checkpoint, compare, plot, presets, tasks, training
 from npformer.testing import __main__ as kit
-from npformer.testing import cases, conformance, exchange, gradcheck, judge, reference, variants
+from npformer.testing import cases, conformance, gradcheck, judge, reference, variants
 from npformer.testing import worker as workers
 
 # --- Training ---------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_what_cannot_be_an_array_is_named():
 
 def test_a_case_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
-        exchange._tensors(tmp_path / "nothing.safetensors")
+        checkpoint.load_tensors(tmp_path / "nothing.safetensors")
 
 
 def test_the_reference_without_a_gradient_to_start_from():

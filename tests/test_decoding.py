@@ -1,5 +1,8 @@
 """Greedy decoding: what the full forward would choose, sample by sample, in both twins."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,11 @@ from hypothesis import strategies as st
 
 import npformer
 import torchformer
+from npformer.testing.models import KINDS_OF_DROPOUT as DROPOUTS
 from npformer.testing.models import configs, make_model, sources
 from npformer.testing.strategies import seeds
+from torchformer import fast
+from torchformer.cache import LayerCache
 from torchformer.convert import to_torch
 
 SOS, EOS = 1, 2
@@ -24,29 +30,35 @@ def models_and_sources(draw):
     return model, draw(sources(config))
 
 
-def choose_without_a_cache(model, source, max_len):
+# Of one id or several, the pad and the start among them
+ends = st.sampled_from([EOS, 0, SOS, [EOS, 5], (3, 0), np.array([4, SOS, 6]), np.int64(7), None])
+
+
+def choose_without_a_cache(model, source, max_len, eos_id=EOS):
     """One sample, the whole forward for each token: the definition.  And by how much it chose."""
     answer, margin = [], np.inf
+    ends = [] if eos_id is None else np.atleast_1d(eos_id)
     while len(answer) < max_len:
         logits = model.infer(source[None], np.array([[SOS, *answer]]))[0, -1].copy()
-        logits[[0, SOS]] = -np.inf
+        logits[[i for i in (0, SOS) if i not in ends]] = -np.inf
         second, first = np.sort(logits)[-2:]
         margin = min(margin, first - second)
-        if logits.argmax() == EOS:
+        if logits.argmax() in ends:
             break
         answer.append(int(logits.argmax()))
     return answer, margin
 
 
-@given(models_and_sources(), st.integers(1, 9))
-def test_greedy_is_the_argmax_of_the_full_forward_for_each_sample_alone(drawn, max_len):
+@given(models_and_sources(), st.integers(1, 9), ends)
+def test_greedy_is_the_argmax_of_the_full_forward_for_each_sample_alone(drawn, max_len, eos_id):
     model, src = drawn
-    alone = [choose_without_a_cache(model, row[row != 0], max_len) for row in src]
+    alone = [choose_without_a_cache(model, row[row != 0], max_len, eos_id) for row in src]
     assume(min(margin for _, margin in alone) > 1e-9)  # a tie is decided by the last rounding
-    expected = [answer for answer, _ in alone]
-    assert npformer.greedy(model, src, max_len=max_len) == expected
+    expected, options = [answer for answer, _ in alone], {"max_len": max_len, "eos_id": eos_id}
+    assert npformer.greedy(model, src, **options) == expected
     twin = to_torch(model).eval()
-    assert torchformer.greedy(twin, torch.tensor(src), max_len=max_len) == expected
+    assert torchformer.greedy(twin, torch.tensor(src), **options) == expected
+    assert fast.greedy(twin, torch.tensor(src), **options) == expected
 
 
 class Scripted:
@@ -69,12 +81,24 @@ class Scripted:
         return logits, ScriptedCache(cache.samples, cache.length + 1)
 
 
+def decoded(how, model, library, **options):
+    """The answers to four samples, by any of the ways."""
+    ids = np.ones((4, 2), int) if library == "numpy" else torch.ones((4, 2), dtype=torch.long)
+    if how == "sample":
+        options |= {"top_k": 1}
+        options["rng"] = np.random.default_rng(0) if library == "numpy" else torch.Generator()
+    package = npformer if library == "numpy" else torchformer
+    found = getattr(package, how)(model, ids, **options)
+    return [hypotheses[0].tokens for hypotheses in found] if how == "beam_search" else found
+
+
 class ScriptedCache:
     def __init__(self, samples, length):
         self.samples, self.length = samples, length
 
     def select(self, kept):
-        return ScriptedCache([s for s, k in zip(self.samples, kept, strict=True) if k], self.length)
+        kept = np.arange(len(self.samples))[np.asarray(kept)]
+        return ScriptedCache([self.samples[i] for i in kept], self.length)
 
 
 @pytest.mark.parametrize("library", ["numpy", "torch"])
@@ -107,6 +131,132 @@ def test_start_and_end_may_have_other_ids(library):
     assert model.asked[0] == ([0, 1, 2], [[4], [4], [4]])
 
 
+WAYS = pytest.mark.parametrize("how", ["greedy", "beam_search", "sample"])
+LIBRARIES = pytest.mark.parametrize("library", ["numpy", "torch"])
+
+
+@LIBRARIES
+@WAYS
+def test_an_end_that_is_the_start_or_the_pad_ends(how, library):
+    """A head that wants 2 at once, where 2 starts as well, was made to say something else."""
+    lines = [[2], [5, 2], [5, 6, 7, 3], [4, 4, 2]]
+    model = Scripted(lines, library)
+    options = {"max_len": 4} | ({"num_beams": 1} if how == "beam_search" else {})
+    expected = [[], [5], [5, 6, 7, 3], [4, 4]]
+    assert decoded(how, model, library, sos_id=2, eos_id=2, **options) == expected
+    assert decoded(how, model, library, eos_id=0, **options) == [[], [], [], []]
+    several = decoded(how, model, library, eos_id=[7, 2, 3], **options)
+    assert several == [[], [5], [5, 6], [4, 4]]
+
+
+@LIBRARIES
+@WAYS
+@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "infinite")])
+def test_logits_that_are_no_numbers_are_an_error_that_says_where(how, library, value, said):
+    """[] by greedy, pads by NumPy's sample, another error by torch's: now one error."""
+
+    class Poisoned(Scripted):
+        def step(self, tgt, cache):
+            logits, after = super().step(tgt, cache)
+            if cache.length == 2:
+                logits[[s == 3 for s in cache.samples], 0, 4] = value
+            return logits, after
+
+    model = Poisoned([4 * [EOS], [5, 6, 7, 8], 4 * [EOS], [5, 6, 7, 8]], library)
+    with pytest.raises(
+        ValueError, match=f"^the logits are {said} at token 3 of sample 3: a weight"
+    ):
+        decoded(how, model, library, max_len=4)
+
+
+def fast_greedy(twin, src, **options):
+    return fast.greedy(twin, src, compiled=False, **options)
+
+
+def drawn_sample(model, src, **options):
+    is_ours = isinstance(model, npformer.Transformer)
+    rng: Any = np.random.default_rng(0) if is_ours else torch.Generator()
+    return (npformer if is_ours else torchformer).sample(model, src, rng=rng, **options)
+
+
+POISON = {  # the tensor, what is written into it, and what its logits are
+    "NaN in the head": ("head.weight", (3, 0), np.nan, "NaN"),
+    "NaN in an embedding": ("tgt_embedding.weight", 1, np.nan, "NaN"),
+    "NaN in the encoder": ("encoder.layers.0.norm1.weight", 0, np.nan, "NaN"),
+    "NaN in a key": ("decoder.layers.0.cross_attn.k_proj.weight", 0, np.nan, "NaN"),
+    "infinity in the head": ("head.bias", 4, np.inf, "infinite"),
+    "nothing but -infinity": ("head.bias", slice(None), -np.inf, "infinite"),
+    "a sum that overflows": ("head.weight", slice(None), 3e38, "(NaN|infinite)"),
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_weights_that_are_no_numbers_are_one_error_everywhere(what):
+    name, where, value, said = POISON[what]
+    model = npformer.Transformer(CONFIG, np.random.default_rng(0))
+    dict(model.named_parameters())[name].data[where] = value
+    twin, src = to_torch(model), np.array([[3, 4], [5, 0]])
+    message = f"^the logits are {said} at token 1 of sample 0: a weight of the model"
+    for decode in (npformer.greedy, npformer.beam_search, drawn_sample):
+        with np.errstate(all="ignore"), pytest.raises(ValueError, match=message):
+            decode(model, src, max_len=4)
+    for decode in (torchformer.greedy, torchformer.beam_search, drawn_sample, fast_greedy):
+        with pytest.raises(ValueError, match=message):
+            decode(twin, torch.tensor(src), max_len=4)
+
+
+def test_fast_says_where_as_well():
+    """The third token is the first that reads position 2."""
+    model: Any = make_model(replace(CONFIG, positions="learned", max_len=9), 3)
+    model.tgt_positions.weight.data[2] = np.nan
+    src = np.array([[3, 4], [5, 6]])
+    for decode, of in ((npformer.greedy, np.array), (fast_greedy, torch.tensor)):
+        with pytest.raises(ValueError, match=r"^the logits are NaN at token 3 of sample 0"):
+            decode(model if of is np.array else to_torch(model), of(src), max_len=6, eos_id=None)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_decoding_does_not_drop_out_and_leaves_each_module_in_its_mode(training):
+    """Three calls in training gave three answers."""
+    config = replace(CONFIG, **dict.fromkeys(DROPOUTS, 0.5))
+    model = make_model(config, 3)
+    twin, src = to_torch(model).train(training), torch.tensor([[3, 4, 5], [6, 7, 0]])
+    twin.decoder.layers[0].feed_forward.train(not training)  # a part on its own
+    twin.encoder.layers[0].self_attn.train(not training)
+    modes = [module.training for module in twin.modules()]
+    expected = npformer.greedy(model, src.numpy(), max_len=5)
+    logits = torch.from_numpy(model.infer(src.numpy(), np.array([[1, 3], [1, 4]])))
+    tgt = torch.tensor([[1, 3], [1, 4]])
+    for _ in range(3):
+        assert torchformer.greedy(twin, src, max_len=5) == expected
+        assert fast.greedy(twin, src, max_len=5) == expected
+        found = torchformer.beam_search(twin, src, max_len=5, num_beams=1)
+        assert [hypotheses[0].tokens for hypotheses in found] == expected
+        generator = torch.Generator()
+        assert torchformer.sample(twin, src, max_len=5, rng=generator, top_k=1) == expected
+        torch.testing.assert_close(twin.step(tgt, twin.start(src))[0], logits)
+        torch.testing.assert_close(twin.infer(src, tgt), logits)
+        assert [module.training for module in twin.modules()] == modes
+    for call in (
+        lambda: twin.infer(src, tgt[0]),
+        lambda: twin.start(src[0]),
+        lambda: torchformer.greedy(twin, src * 99, max_len=5),
+    ):
+        with pytest.raises((ValueError, IndexError)):
+            call()
+        assert [module.training for module in twin.modules()] == modes
+
+
+def test_a_layers_own_step_does_not_drop_out_in_training():
+    layer = torchformer.DecoderLayer(8, 2, 12, activation_dropout=0.9, sublayer_dropout=0.9)
+    x, memory = torch.randn(2, 1, 8), torch.randn(2, 3, 8)
+    once, again = (layer.train(on).step(x, layer.start(memory))[0] for on in (True, False))
+    assert torch.equal(once, again)
+    alone = torchformer.EncoderLayer(8, 2, 12, activation_dropout=0.9, sublayer_dropout=0.9)
+    once, again = (alone.train(on).step(x, LayerCache(None, None))[0] for on in (True, False))
+    assert torch.equal(once, again)
+
+
 CONFIG = npformer.TransformerConfig(9, 9, d_model=8, n_heads=2, d_ff=12, max_len=6)
 ALONE = npformer.TransformerConfig(9, 9, d_model=8, n_heads=2, n_encoder_layers=0, max_len=6)
 
@@ -132,4 +282,8 @@ def test_refuses(config, ids, max_len, message):
 
 def test_no_samples_no_answers():
     model = npformer.Transformer(CONFIG, np.random.default_rng(0))
-    assert npformer.greedy(model, np.ones((0, 3), int), max_len=4) == []
+    twin, none = to_torch(model), np.ones((0, 3), int)
+    for decode in (npformer.greedy, npformer.beam_search, drawn_sample):
+        assert decode(model, none, max_len=4) == []
+    for decode in (torchformer.greedy, torchformer.beam_search, drawn_sample, fast_greedy):
+        assert decode(twin, torch.tensor(none), max_len=4) == []

@@ -3,6 +3,8 @@
 The processes talk by gloo, on the CPU, in float64; where a GPU is, the same code talks by nccl.
 """
 
+import contextlib
+import json
 import multiprocessing
 import os
 import socket
@@ -17,7 +19,7 @@ import torch
 
 import npformer
 import torchformer
-from npformer import tasks
+from npformer import checkpoint, tasks
 from npformer.testing.models import Batch as ModelBatch
 from npformer.testing.models import make_model, numpy_step
 from torchformer.convert import to_torch
@@ -164,42 +166,123 @@ def test_steps_on_two_ranks_then_one_then_two_are_the_steps_of_one_process(engin
         assert_same(weights, single(steps)[1], WEIGHTS)
 
 
-@pytest.mark.parametrize("crash", ["while writing", "between the renames"])
-def test_a_crash_while_saving_leaves_a_checkpoint_whole(crash, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def alone(monkeypatch):
     from torchformer import parallel
-
-    def crashing(*arguments, **options):
-        raise KeyboardInterrupt
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    model = to_torch(make_model(CONFIG, 0))
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     with parallel.group("cpu"):
+        yield parallel
+
+
+def small_model():
+    model = to_torch(make_model(CONFIG, 0))
+    return model, torch.optim.Adam(model.parameters(), lr=RATE)
+
+
+@pytest.mark.parametrize("crash", ["while writing", "before it counts", "before the old one goes"])
+def test_a_crash_while_saving_leaves_a_checkpoint_whole(crash, tmp_path, monkeypatch):
+    def crashing(*arguments, **options):
+        raise KeyboardInterrupt
+
+    model, optimizer = small_model()
+    with alone(monkeypatch) as parallel:
         parallel.save(tmp_path / "shards", model, optimizer, 7)
         expected = {name: x.clone() for name, x in model.state_dict().items()}
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()
-        if crash == "while writing":
-            monkeypatch.setattr(parallel, "save_shards", crashing)
-        else:
-            replace = Path.replace
-            monkeypatch.setattr(
-                Path,
-                "replace",
-                lambda a, b: crashing() if a.name == "shards.part" else replace(a, b),
-            )
-        with pytest.raises(KeyboardInterrupt):
-            parallel.save(tmp_path / "shards", model, optimizer, 8)
-        monkeypatch.undo()
-        assert parallel.load(tmp_path / "shards", model, optimizer) == 7
+        zeros = {name: x.clone() for name, x in model.state_dict().items()}
+        with monkeypatch.context() as patch:
+            if crash == "while writing":
+                patch.setattr(os, "fsync", crashing)
+            elif crash == "before it counts":
+                patch.setattr(checkpoint, "save_json", crashing)
+            else:
+                patch.setattr(Path, "unlink", crashing)
+            with pytest.raises(KeyboardInterrupt):
+                parallel.save(tmp_path / "shards", model, optimizer, 8)
+        step, whole = (8, zeros) if crash == "before the old one goes" else (7, expected)
+        assert parallel.load(tmp_path / "shards", model, optimizer) == step
         for name, x in model.state_dict().items():
-            assert torch.equal(x, expected[name]), name
+            assert torch.equal(x, whole[name]), name
         parallel.save(tmp_path / "shards", model, optimizer, 9)
         assert parallel.load(tmp_path / "shards", model, optimizer) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    assert len(list((tmp_path / "shards").iterdir())) == 2  # the index and one rank's
+
+
+def rewrite(folder, change, places=None):
+    """One rank's file with other tensors, or with other places for them, and a right checksum."""
+    (path,) = folder.glob("*.safetensors")
+    tensors, metadata = checkpoint.load_tensors(path)
+    where = json.loads(metadata["places"])
+    change(tensors, where)
+    checkpoint.save_tensors(path, tensors, {"places": json.dumps(where)})
+
+
+HEAD = "model.head.bias"
+
+
+def misplace(tensors, where):
+    where[HEAD]["start"] = [1]
+
+
+def halve(tensors, where):
+    tensors[HEAD] = tensors[HEAD][:5]
+
+
+def grow(tensors, where):
+    tensors[HEAD], where[HEAD]["whole"] = np.ones(10**5, np.float32), [10**5]
+
+
+def shrink(tensors, where):
+    name = "optimizer.head.bias.exp_avg"
+    tensors[name], where[name] = np.ones(1, np.float32), {"start": [0], "whole": [1]}
+
+
+def double(tensors, where):
+    tensors[HEAD] = tensors[HEAD].astype(np.float32)
+
+
+SHARDS = {
+    "no index": (lambda folder: (folder / "index.json").unlink(), "index.json: no such file"),
+    "no file of a rank": (lambda f: next(f.glob("*.safetensors")).unlink(), ".*: no such file"),
+    "a negative step": (
+        lambda folder: checkpoint.save_json(
+            folder / "index.json", {"format_version": 1, "step": -1, "generation": 1, "world": 1}
+        ),
+        "index.json: step is -1",
+    ),
+    "another version's": (
+        lambda f: ((f / "index.json").unlink(), (f / ".metadata").write_bytes(b"")),
+        "of an earlier version, which pickled",
+    ),
+    "a piece outside": (lambda f: rewrite(f, misplace), f"a piece of {HEAD} lies outside"),
+    "a piece missing": (lambda f: rewrite(f, halve), f"a piece of {HEAD} is missing"),
+    "too many numbers": (lambda f: rewrite(f, grow), rf"{HEAD} is \(100000,\), the model's is"),
+    "state of a single number": (lambda f: rewrite(f, shrink), r"exp_avg is \(1,\), the model's"),
+    "another dtype": (lambda f: rewrite(f, double), f"{HEAD} is F32 .*, not torch.float64"),
+    "a name too few": (lambda f: rewrite(f, lambda t, w: (t.pop(HEAD), w.pop(HEAD))), "lacks"),
+    "a place too few": (lambda f: rewrite(f, lambda t, w: w.pop(HEAD)), "where its pieces belong"),
+}
+
+
+def test_shards_that_do_not_fit_are_refused_and_nothing_is_loaded(tmp_path, monkeypatch):
+    model, optimizer = small_model()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with alone(monkeypatch) as parallel:
+        for what, (damage, message) in SHARDS.items():
+            folder = tmp_path / what
+            parallel.save(folder, model, optimizer, 7)
+            damage(folder)
+            with pytest.raises(checkpoint.CheckpointError, match=message) as caught:
+                parallel.load(folder, model, optimizer)
+            assert str(caught.value).startswith(str(folder)), what
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]), name
 
 
 def test_on_the_second_of_two_nodes_a_rank_takes_a_device_of_its_own_node(monkeypatch):

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +37,7 @@ def test_a_decoder_only_model_continues_a_prompt(data, P, n_tokens, seed):
     config = data.draw(configs(encoder=False, tgt_pad_id=0, share_embeddings=False))
     twin = to_torch(make_model(config, seed)).eval()
     rng = np.random.default_rng(seed)
-    prompt = torch.tensor(rng.integers(0, config.tgt_vocab_size, (3, P)))  # pads among them
-    prompt[:, 0] = 1
+    prompt = torch.tensor(rng.integers(1, config.tgt_vocab_size, (3, P)))
     tokens = fast.continued(twin, prompt, n_tokens, never=[0])
     read = prompt
     for i in range(n_tokens):  # by the definition: everything again for each token
@@ -98,7 +98,7 @@ def test_whether_packing_pays_is_tried_once(slow, monkeypatch):
     monkeypatch.setattr(fast.StaticDecoder, "step", counted)
     monkeypatch.setattr(fast, "_PAYS", {})
     for _ in range(2):
-        fast.greedy(twin, src, max_len=19, eos_id=0)
+        fast.greedy(twin, src, max_len=19, eos_id=None)
     assert list(fast._PAYS.values()) == [not slow]
     assert steps == 3 * [False, True] + 36 * [not slow]
     assert not fast.packing_pays(twin.double(), 1)
@@ -114,7 +114,7 @@ def test_the_compiled_step_is_the_step(seed):
         logits, cache = twin.step(torch.full((2, 1), 1), twin.start(src))
         decoder = fast.StaticDecoder(twin, 2, 5, 3, [0, 1])
         decoder.fill(cache, is_fixed=True)
-        token = (logits[:, -1] + decoder.forbidden).argmax(dim=-1)
+        token = decoder.choose(logits[:, -1], decoder.position - 1)
         traced = torch.compile(decoder.step, fullgraph=True, backend="eager", dynamic=False)
         again = traced(token, decoder.position, None)
         assert torch.equal(decoder.step(token, decoder.position, None), again)
@@ -143,14 +143,15 @@ def graphs(monkeypatch):
 
 
 def test_a_recorded_step_decodes_the_same_tokens_batch_after_batch(graphs):
-    """With pads, in sources and prompts, and without; shorter sources; weights that change."""
+    """With pads in the sources, and without; shorter ones; weights that change."""
     twin = to_torch(make_model(replace(CONFIG, max_len=40), 5)).eval()
-    decoder = fast.FastDecoder(twin, 2, 39, src_len=4, compiled=False, recorded=True)
+    options = {"src_len": 4, "never": [0], "compiled": False, "recorded": True}
+    decoder = fast.FastDecoder(twin, 2, 39, **options)
     assert decoder.recording_seconds > 0
     chosen = set()
     for src, prompt in [
         ([[3, 4, 5], [6, 7, 0]], [[1], [1]]),
-        ([[3, 4, 5, 6], [6, 7, 3, 4]], [[1, 5, 3], [1, 0, 4]]),
+        ([[3, 4, 5, 6], [6, 7, 3, 4]], [[1, 5, 3], [1, 6, 4]]),
         ([[8], [5]], [[1, 5], [1, 4]]),
     ]:
         src, prompt = torch.tensor(src), torch.tensor(prompt)
@@ -261,6 +262,50 @@ def test_one_graph_a_token_decodes_the_same_tokens():
         src = torch.tensor(np.random.default_rng(S).integers(3, 9, (2, S))).cuda()
         expected = decoding.greedy(twin, src, max_len=19)
         assert fast.greedy(twin, src, max_len=19, compiled=False) == expected
+
+
+def test_an_empty_batch_has_no_answers():
+    twin, none = to_torch(make_model(CONFIG, 0)).eval(), torch.ones((0, 3), dtype=torch.long)
+    assert fast.greedy(twin, none, max_len=4) == []
+    assert fast.continued(twin, none, 3, src=none).shape == (0, 3)
+
+
+ALONE = replace(CONFIG, n_encoder_layers=0, max_len=9)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[[1, 3, 4], [1, 5, 0]], [[1, 3, 4], [0, 1, 5]], [[0, 0, 4]], [[1, 0, 4]]]
+)
+def test_prompts_of_different_lengths_are_refused(prompt):
+    """On either side: the next token came after the pads, and the positions counted them."""
+    twin = to_torch(make_model(ALONE, 0)).eval()
+    with pytest.raises(ValueError, match=r"prompt has pads .* continue those of one length"):
+        fast.continued(twin, torch.tensor(prompt), 3)
+
+
+def test_a_pad_that_is_chosen_would_not_be_attended_to_so_none_is():
+    model: Any = make_model(ALONE, 0)
+    model.head.bias.data[0] = 100
+    twin = to_torch(model).eval()
+    assert not (fast.continued(twin, torch.tensor([[1, 3]]), 5) == 0).any()
+    assert (fast.continued(twin, torch.tensor([[1, 3]]), 5, eos_id=[5, 0])[0, 0] == 0).all()
+
+
+@pytest.mark.parametrize("ends", [6, [5, 6], (6, 5), [5, 0], [1], 0])
+def test_one_end_or_several(ends):
+    """Each of them ends an answer, the pad and the start among them, and no other token does."""
+    model: Any = make_model(replace(CONFIG, max_len=12, positions="learned"), 0)
+    for table in (model.src_positions, model.tgt_positions):  # so that one token follows another
+        table.weight.data *= 2
+    twin = to_torch(model).eval()
+    src = torch.tensor(np.random.default_rng(0).integers(3, 9, (12, 4)))
+    options = {"max_len": 10, "eos_id": ends}
+    answers = fast.greedy(twin, src, **options)
+    assert answers == decoding.greedy(twin, src, **options)
+    assert answers == npformer.greedy(model, src.numpy(), **options)
+    lengths = [len(answer) for answer in answers]
+    assert len({*lengths}) > 1  # some end, and not all at once
+    assert not {token for answer in answers for token in answer} & {*np.atleast_1d(ends)}
 
 
 def test_refuses():

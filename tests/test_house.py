@@ -17,29 +17,30 @@ TWINS = [name for name in TWINS if name not in ("__init__", "tracing")]  # a tra
 # What each file of the model may import of ours.  What is not listed stands above the model: the
 # loop, the tasks, the commands.
 LEAVES: set[str] = set()
-WIRING = {"ops", "module", "layers", "cache", "attention", "feedforward"}
+WIRING = {"options", "ops", "module", "layers", "cache", "attention", "feedforward"}
 MAY_IMPORT = {
-    "config": LEAVES,
-    "ops": LEAVES,
-    "masks": LEAVES,
+    "options": LEAVES,
+    "config": {"options"},
+    "ops": {"options"},
+    "masks": {"options"},
     "compare": LEAVES,
-    "schedules": LEAVES,
+    "schedules": {"options"},
     "allocator": LEAVES,
-    "answers": LEAVES,
+    "answers": {"options"},
     "cache": {"ops"},
     "module": {"ops", "checkpoint"},
-    "layers": {"ops", "module"},
-    "positional": {"ops", "module"},
-    "attention": {"ops", "module", "layers", "cache"},
-    "feedforward": {"ops", "module", "layers"},
+    "layers": {"ops", "module", "options"},
+    "positional": {"ops", "module", "options"},
+    "attention": {"ops", "module", "layers", "cache", "options"},
+    "feedforward": {"ops", "module", "layers", "options"},
     "encoder": WIRING,
     "decoder": WIRING,
     "transformer": WIRING | {"checkpoint", "config", "decoder", "encoder", "masks", "positional"},
     "storage": LEAVES,
     "checkpoint": {"config", "storage"},
-    "optim": {"ops", "module", "schedules"},
-    "decoding": {"ops", "transformer", "cache", "answers"},
-    "parallel": {"ops", "transformer"},
+    "optim": {"ops", "module", "options", "schedules"},
+    "decoding": {"ops", "options", "transformer", "cache", "answers"},
+    "parallel": {"ops", "options", "transformer"},
 }
 HEAVY = ("torch", "rich", "matplotlib", "hypothesis", "safetensors", "torchformer")
 
@@ -79,9 +80,10 @@ def test_a_file_of_the_model_imports_only_what_is_below_it(name):
     assert ours(NPFORMER / f"{name}.py", "npformer") <= MAY_IMPORT[name]
 
 
-def test_ops_imports_numpy_and_nothing_else():
-    outside = {name.split(".")[0] for name in imports(NPFORMER / "ops.py")}
-    assert outside - set(sys.stdlib_module_names) == {"numpy"}
+def test_ops_imports_numpy_and_what_an_option_is():
+    for name, known in (("ops", {"numpy", "npformer"}), ("options", set())):
+        outside = {name.split(".")[0] for name in imports(NPFORMER / f"{name}.py")}
+        assert outside - set(sys.stdlib_module_names) == known, name
 
 
 MAY_KNOW_TORCH = {"cli.py", "testing", "trace.py", "export.py"}
@@ -136,7 +138,8 @@ def test_every_file_of_the_model_has_its_twin():
     """ops has torch.nn.functional, module and layers have torch.nn, optim has torch.optim."""
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
-    shared = {"config", "compare", "schedules", "allocator", "checkpoint", "answers", "storage"}
+    shared = {"config", "options", "compare", "schedules", "allocator", "checkpoint", "answers"}
+    shared |= {"storage"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 

@@ -95,10 +95,10 @@ def test_folders_that_will_not_do_are_refused_in_one_line(tmp_path, capsys):
     exchange.dump(tmp_path / "stray", cases)
     (tmp_path / "stray" / "answers" / "linear.safetensors").write_bytes(b"")
     for arguments, said in {
-        ("--dump", "full"): "already holds cases",
-        ("--dump", "file"): "Not a directory",
-        ("--check", "nowhere"): "No such file",
-        ("--check", "broken"): "not a manifest of cases",
+        ("--dump", "full"): "full holds cases: --overwrite, or name another folder",
+        ("--dump", "file"): "file: is there already, and is no folder",
+        ("--check", "nowhere"): "nowhere/manifest.json: no such file",
+        ("--check", "broken"): "broken/manifest.json: not JSON",
         ("--check", "later"): "format_version is 2",
         ("--check", "stray"): "there is no such case",
     }.items():

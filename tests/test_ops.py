@@ -593,7 +593,7 @@ REFUSED = {
     "label_smoothing": (
         lambda: ops.cross_entropy(logits, ids, label_smoothing=1.1),
         ValueError,
-        r"label_smoothing must be in \[0, 1\], got 1.1",
+        r"label_smoothing is a probability, got 1.1",
     ),
     "n_targets": (
         lambda: ops.cross_entropy(logits, ids, n_targets=0),

@@ -12,7 +12,7 @@ import pytest
 
 import npformer
 from npformer import checkpoint, cli, tasks, training
-from npformer.page import MOST_COLUMNS, MOST_ROWS, write_page
+from npformer.page import MOST_COLUMNS, MOST_ROWS, policy, write_page
 from npformer.testing.models import make_model
 
 CONFIG = npformer.TransformerConfig(
@@ -109,6 +109,36 @@ def test_it_opens_without_an_error_and_shows_what_was_asked_for(tmp_path):
     assert "a &lt;b&gt;" in done.stdout
 
 
+FORGED = """<style>body { display: none }</style><script>document.body.dataset.ready = "false";
+document.body.dataset.hacked = "true";</script><img src="https://example.com/x.png"></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the page")
+def test_what_is_not_the_pages_own_neither_runs_nor_loads(tmp_path):
+    page = tmp_path / "page.html"
+    written(page)
+    page.write_text(page.read_text().replace("</body>", FORGED))
+    done = subprocess.run(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+         "--enable-logging=stderr", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert 'data-ready="true"' in done.stdout, done.stderr
+    assert 'data-hacked="' not in done.stdout
+    assert done.stderr.count("violates the following Content Security Policy") == 3, done.stderr
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_by_their_hashes(tmp_path):
+    written(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+    allowed = re.search('http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert allowed == policy(page)
+    assert allowed.count("'sha256-") == 2
+    assert "unsafe" not in allowed
+    assert allowed.startswith("default-src 'none'; ")
+
+
 CLICKS = """<script>
 const said = {};
 const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50));
@@ -147,7 +177,9 @@ const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50
 def test_clicks_keys_and_sliders_work(tmp_path):
     page, name = tmp_path / "page.html", "decoder.layers.0.cross_attn.weights"
     seen, _ = written(page)
-    page.write_text(page.read_text().replace("</body>", CLICKS.replace("NAME", name)))
+    text = page.read_text().replace("</body>", CLICKS.replace("NAME", name))
+    allowed = re.search('content="(default-src[^"]*)"', page.read_text())[1]
+    page.write_text(text.replace(allowed, policy(text)))  # one script more
     done = subprocess.run(
         [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000",
          "--enable-logging=stderr", "--dump-dom", page.as_uri()],

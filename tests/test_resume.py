@@ -307,7 +307,7 @@ def test_random_numbers_that_no_generator_has_are_refused(begun, tmp_path):
 def test_a_run_is_not_replaced_unless_that_is_said(tmp_path):
     go(tmp_path)
     before = kills.contents(tmp_path)
-    with pytest.raises(ValueError, match="holds a run: resume it, overwrite it, or take another"):
+    with pytest.raises(ValueError, match="holds a run: resume it, --overwrite, or name another"):
         go(tmp_path)
     assert kills.contents(tmp_path) == before
 
@@ -324,13 +324,16 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     assert names == ours | theirs
 
 
-def test_what_lies_in_a_new_runs_folder_stays_there(tmp_path):
+def test_a_folder_with_a_name_that_is_not_ours_is_refused_and_stays(tmp_path):
     (tmp_path / "recent").mkdir()
     (tmp_path / "recent" / "photo.jpg").write_text("mine")
-    (tmp_path / "recent" / "model.safetensors").write_text("mine")
-    go(tmp_path, recipe={"average": 2})
-    assert (tmp_path / "recent" / "photo.jpg").read_text() == "mine"
-    assert (tmp_path / "recent" / "model.safetensors").read_text() == "mine"
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="recent is not ours, and stays as it is"):
+            go(tmp_path, recipe={"average": 2}, overwrite=overwrite)
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        "recent",
+        "recent/photo.jpg",
+    ]
 
 
 def test_the_demo_replaces_a_demo_and_nothing_else(tmp_path, monkeypatch, capsys):

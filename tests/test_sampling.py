@@ -72,16 +72,34 @@ def test_tokens_come_as_often_as_their_probability_says(library):
     assert (expected > 0).sum() > 2
 
 
-@given(st.data(), seeds)
-def test_the_one_most_likely_token_is_greedy(data, seed):
+likeliest_alone = st.sampled_from([{"top_k": 1}, {"temperature": 1e-29}, {"top_p": 1e-9}])
+
+
+@given(st.data(), likeliest_alone, st.sampled_from([2, 0, 1, [2, 4], None]), seeds)
+def test_the_one_most_likely_token_is_greedy(data, likeliest, eos_id, seed):
     config = data.draw(configs(encoder=True, **IDS))
     model, src = make_model(config, seed), data.draw(sources(config))
-    expected = npformer.greedy(model, src, max_len=6)
-    rng = np.random.default_rng(seed)
-    assert npformer.sample(model, src, max_len=6, rng=rng, top_k=1) == expected
+    options = {"max_len": 6, "eos_id": eos_id}
+    expected = npformer.greedy(model, src, **options)
+    options |= likeliest
+    assert npformer.sample(model, src, rng=np.random.default_rng(seed), **options) == expected
     twin, generator = to_torch(model).eval(), torch.Generator().manual_seed(seed)
-    ids = torch.tensor(src)
-    assert torchformer.sample(twin, ids, max_len=6, rng=generator, top_k=1) == expected
+    assert torchformer.sample(twin, torch.tensor(src), rng=generator, **options) == expected
+
+
+def test_options_may_be_numpys_numbers():
+    model, src = make_model(CONFIG, 3), np.tile([[3, 4, 5]], (20, 1))
+    plain = {"max_len": 5, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "eos_id": 2}
+    scalars = {"max_len": np.int8(5), "temperature": np.float32(0.5), "top_k": np.array(4)}
+    scalars |= {"top_p": np.float16(0.75), "sos_id": np.array(1), "eos_id": np.uint8(2)}
+    expected = npformer.sample(model, src, rng=np.random.default_rng(0), **plain)
+    assert npformer.sample(model, src, rng=np.random.default_rng(0), **scalars) == expected
+    twin, ids = to_torch(model), torch.tensor(src)
+    drawn = [
+        torchformer.sample(twin, ids, rng=torch.Generator().manual_seed(0), **options)
+        for options in (plain, scalars)
+    ]
+    assert drawn[0] == drawn[1]
 
 
 def test_one_seed_one_answer_another_seed_another():

@@ -13,7 +13,7 @@ import pytest
 
 import npformer
 import torchformer
-from npformer import checkpoint, storage
+from npformer import checkpoint, runs, storage
 from npformer.checkpoint import MODEL, CheckpointError
 
 SMALL = npformer.TransformerConfig(
@@ -148,8 +148,8 @@ def test_a_folder_is_locked_for_others_and_free_afterwards(tmp_path):
     assert other.stdout is not None
     assert other.stdout.readline() == b"locked\n"
     folder = tmp_path / "runs" / "a"
-    with pytest.raises(ValueError, match=rf"at work there \(process {other.pid}\)$"):
-        storage.lock(folder).__enter__()
+    with pytest.raises(CheckpointError, match=rf"at work there \(process {other.pid}\)$"):
+        runs.locked(folder).__enter__()
     other.kill()  # no matter how it ends
     other.communicate()
     with storage.lock(folder):
@@ -166,7 +166,7 @@ def test_another_thread_is_refused_and_a_folder_that_stays_empty_goes(tmp_path):
     def another():
         try:
             storage.lock(tmp_path / "a" / "b").__enter__()
-        except ValueError as error:
+        except OSError as error:
             said.append(str(error))
 
     with storage.lock(tmp_path / "a" / "b"):

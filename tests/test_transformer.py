@@ -1,5 +1,7 @@
 """The whole model: against its twin, against a difference quotient, and by what must be true."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -354,13 +356,79 @@ def test_a_given_mask_can_only_take_away(data, seed):
     model, batch = make_model(config, seed), data.draw(batches(config, given_masks=False))
     src, tgt = batch.src, batch.tgt
     expected = model.infer(src, tgt)
-    everything = {"src_mask": np.array(True), "tgt_mask": np.full((1, 1, 1, tgt.shape[1]), True)}
+    everything = {"src_mask": np.full((src.shape[1],) * 2, True)}
+    everything["tgt_mask"] = np.full((1, 1, 1, tgt.shape[1]), True)
     np.testing.assert_array_equal(model.infer(src, tgt, **everything), expected)
     # What padding and causality forbid already may be forbidden once more.
     causal = np.arange(tgt.shape[1]) <= np.arange(tgt.shape[1])[:, None]
     padding = (src != config.src_pad_id)[:, None, None, :]
     again = model.infer(src, tgt, src_mask=padding, tgt_mask=causal)
     np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("given", [(), (None,), (np.ones((1, 1, 1, 3), bool),)])
+def test_a_memory_without_a_mask_is_all_attended_to_and_gets_its_gradient(given):
+    """Without a mask the backward took the model for decoder-only, and crashed."""
+    config = npformer.TransformerConfig(11, 9, 8, 2, 12, n_encoder_layers=1, n_decoder_layers=2)
+    model, rng = make_model(config, 0), np.random.default_rng(0)
+    tgt, memory = np.array([[1, 2, 3, 0], [4, 5, 6, 7]]), rng.standard_normal((2, 3, 8))
+    logits, backward = model.decode(tgt, memory, *given)
+    dlogits = rng.standard_normal(logits.shape)
+    model.zero_grad()
+    dmemory = backward(dlogits)
+
+    twin, tensor = to_torch(model), torch.tensor(memory, requires_grad=True)
+    masks = [None if mask is None else torch.tensor(mask) for mask in given]
+    theirs = twin.eval().decode(torch.tensor(tgt), tensor, *masks)
+    theirs.backward(torch.tensor(dlogits))
+    np.testing.assert_allclose(logits, theirs.detach().numpy(), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(dmemory, tensor.grad, rtol=0, atol=1e-11)
+    for name, p in twin.named_parameters():
+        expected = 0 if p.grad is None else p.grad  # the encoder's: it was not asked
+        actual = dict(model.named_parameters())[name].grad
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_encoding_alone_and_decoding_alone_go_back_as_well():
+    """The parts of `forward`, called one by one, in any order."""
+    config = npformer.TransformerConfig(11, 9, 8, 2, 12, n_encoder_layers=1, n_decoder_layers=1)
+    model, rng = make_model(config, 0), np.random.default_rng(0)
+    src, tgt = np.array([[1, 2, 0]]), np.array([[3, 4]])
+    logits, backward = model(src, tgt)
+    dlogits = rng.standard_normal(logits.shape)
+    model.zero_grad()
+    backward(dlogits)
+    expected = {name: p.grad.copy() for name, p in model.named_parameters()}
+    memory, backward_encode = model.encode(src)
+    logits, backward_decode = model.decode(tgt, memory, (src != 0)[:, None, None, :])
+    model.zero_grad()
+    assert backward_encode(backward_decode(dlogits)) is None
+    for name, p in model.named_parameters():
+        np.testing.assert_array_equal(p.grad, expected[name], err_msg=name)
+    alone = make_model(replace(config, n_encoder_layers=0), 0)
+    whole, _ = alone.decode(tgt, None)
+    np.testing.assert_array_equal(alone.infer(None, tgt), whole)
+    twin = to_torch(alone).eval()
+    ids = torch.tensor(tgt)
+    assert torch.equal(twin.infer(None, ids), twin.decode(ids, None))
+
+
+@pytest.mark.parametrize("which", ["src_mask", "tgt_mask"])
+def test_a_samples_mask_is_its_own_though_there_are_as_many_heads(which):
+    """(B, T, S) was taken for (H, T, S): the mask of sample 1 changed sample 0 by 0.54."""
+    config = npformer.TransformerConfig(11, 9, 8, 2, 12, n_encoder_layers=1, n_decoder_layers=1)
+    model, twin = make_model(config, 0), to_torch(make_model(config, 0)).eval()
+    src, tgt = np.array([[1, 2, 3], [4, 5, 6]]), np.array([[1, 2, 3], [4, 5, 6]])
+    mask = np.full((2, 3, 3), True)
+    mask[1, 1:, 0] = False  # of sample 1 alone
+    given = {which: mask[:, None]}
+    plain, masked = model.infer(src, tgt), model.infer(src, tgt, **given)
+    np.testing.assert_allclose(masked[0], plain[0], rtol=0, atol=1e-12)
+    assert np.abs(masked[1] - plain[1]).max() > 1e-3
+    theirs = twin.infer(torch.tensor(src), torch.tensor(tgt), **{which: torch.tensor(given[which])})
+    np.testing.assert_allclose(masked, theirs, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=f"{which} .* has 3 axes: is the first one B or H"):
+        model.infer(src, tgt, **{which: mask})
 
 
 def test_a_window_is_a_window():

@@ -5,8 +5,10 @@ Shapes  B batch, T query positions, S key positions, C model width, H heads, D =
 
 from torch import Tensor, nn
 
+from npformer.options import integer, probability
 from torchformer import ops
 from torchformer.cache import KeyValues
+from torchformer.masks import CAUSAL
 from torchformer.ops import Mask
 
 
@@ -22,10 +24,16 @@ class MultiHeadAttention(nn.Module):
     """H attentions side by side, each on its own slice of C, then a mixture of what they found.
 
     query (B, T, C)   key, value (B, S, C)   mask -> (B, H, T, S)   ->   y (B, T, C)
+
+    A mask is boolean, True = may attend, and its axes are never guessed: it has two, which are
+    always (T, S), or four, (B or 1, H or 1, T or 1, S).  A pad mask is (B, 1, 1, S): as (B, S) it
+    is refused, except where B == T, when nobody can tell the two apart.
     """
 
     def __init__(self, d_model: int, n_heads: int, dropout: float = 0.0):
         super().__init__()
+        d_model, n_heads = integer("d_model", d_model, 1), integer("n_heads", n_heads, 1)
+        dropout = probability("dropout", dropout)
         if d_model % n_heads:
             raise ValueError(f"d_model={d_model} is not a multiple of n_heads={n_heads}")
         self.d_head, self.dropout = d_model // n_heads, dropout
@@ -37,6 +45,8 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, rng=None
     ) -> Tensor:
+        _check_rank(query=query, key=key, value=value)
+        self._check_mask(mask, query, key.shape[1])
         q = self.q_proj(query)  # (B, T, C)
         k = self.k_proj(key)  # (B, S, C)
         v = self.v_proj(value)  # (B, S, C)
@@ -54,6 +64,46 @@ class MultiHeadAttention(nn.Module):
 
     def ask(self, query: Tensor, offered: KeyValues, mask: Mask = None) -> Tensor:
         """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
+        self._check_mask(mask, query, offered.length)
         q = self.q_proj(query)
         yh = ops.attention(split_heads(q, self.d_head), offered.keys, offered.values, mask)
         return self.out_proj(merge_heads(yh))
+
+    def _check_mask(self, mask: Mask, query: Tensor, S: int) -> None:
+        B, T, C = query.shape
+        check_heads_mask("MultiHeadAttention", mask, (B, C // self.d_head, T, S))
+
+
+def check_heads_mask(
+    module: str, mask: Mask, scores: tuple[int, int, int, int], name: str = "mask"
+) -> None:
+    """A module's mask is (T, S) or (B or 1, H or 1, T or 1, S).   scores (B, H, T, S)
+
+    Any other might broadcast by coincidence, as (B, S, S) does where B == H.
+    """
+    if mask is None or mask is CAUSAL:
+        return
+    ops.check_boolean(module, mask, name)
+    B, H, T, S = scores
+    fits = mask.shape == (T, S)
+    if mask.ndim == 4:
+        b, h, t, s = mask.shape
+        fits = b in (1, B) and h in (1, H) and t in (1, T) and s == S
+    if not fits:
+        wrong = f"does not broadcast to (B, H, T, S) = {scores}"
+        if mask.ndim == 3:
+            wrong = "has 3 axes: is the first one B or H?"
+        raise ValueError(
+            f"{module}: {name} of shape {tuple(mask.shape)} {wrong}; a padding mask is "
+            f"(B, 1, 1, S), {name}[:, None, None, :], a causal one (T, S), one per sample "
+            f"(B, 1, T, S), {name}[:, None]"
+        )
+
+
+def _check_rank(**inputs: Tensor) -> None:
+    for name, x in inputs.items():
+        if x.ndim != 3:
+            raise ValueError(
+                f"MultiHeadAttention: {name} must be (B, T or S, C), got shape {tuple(x.shape)}; "
+                "a batch of one sequence is x[None]"
+            )

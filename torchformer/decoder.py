@@ -4,10 +4,12 @@ An encoder layer with one sublayer more, in the middle: cross-attention, where t
 `memory`, the encoder's output, answers.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from npformer.options import flag, not_negative, probability
 from torchformer.attention import MultiHeadAttention
 from torchformer.cache import KeyValues, LayerCache, around
 from torchformer.feedforward import FeedForward
@@ -35,7 +37,9 @@ class DecoderLayer(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.norm_first = flag("norm_first", norm_first)
+        self.dropout = probability("sublayer_dropout", sublayer_dropout)
+        eps = not_negative("eps", eps)
         self.self_attn = MultiHeadAttention(d_model, n_heads, attention_dropout)
         self.cross_attn = MultiHeadAttention(d_model, n_heads, attention_dropout)
         self.feed_forward = FeedForward(d_model, d_ff, activation, activation_dropout)
@@ -105,7 +109,7 @@ class DecoderLayer(nn.Module):
 
         g = around(look_back, x, self.norm1, self.norm_first)
         h = around(ask_memory, g, self.norm2, self.norm_first)
-        y = around(self.feed_forward, h, self.norm3, self.norm_first)
+        y = around(self.feed_forward.infer, h, self.norm3, self.norm_first)
         return y, cache
 
 
@@ -116,7 +120,7 @@ class Decoder(nn.Module):
     mask -> (B, H, T, T) is the self-attention's, memory_mask -> (B, H, T, S) the cross-attention's.
     """
 
-    def __init__(self, layers: list[DecoderLayer], norm: nn.LayerNorm | None = None):
+    def __init__(self, layers: Iterable[DecoderLayer], norm: nn.LayerNorm | None = None):
         super().__init__()
         self.layers: Any = nn.ModuleList(layers)
         self.norm = norm

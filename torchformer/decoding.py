@@ -4,39 +4,53 @@
     beam_search    the most likely answer, as far as a few candidates kept side by side can tell
     sample         a token by its probability: another answer each time
 
-Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen.  Call
-model.eval() first: dropout is on in training.
+Options are named as in Hugging Face's `generate`.  Pad and start tokens are never chosen, unless
+`eos_id` names them.
 """
+
+import math
+from itertools import compress
 
 import torch
 from torch import Tensor
 
-from npformer.answers import Hypothesis, check_beams, check_decoding, check_sampling
+from npformer.answers import (
+    Hypothesis,
+    Ids,
+    check_beams,
+    check_decoding,
+    check_rng,
+    check_sampling,
+    not_finite,
+)
 from torchformer.cache import Cache
 from torchformer.transformer import Transformer
 
 
 @torch.no_grad()
 def greedy(
-    model: Transformer, src: Tensor, *, max_len: int, sos_id: int = 1, eos_id: int = 2
+    model: Transformer, src: Tensor, *, max_len: int, sos_id: int = 1, eos_id: Ids = 2
 ) -> list[list[int]]:
     """The most likely next token, again and again, until `eos_id` or `max_len` tokens.
 
     src (B, S) ids   ->   B lists of ids, without `sos_id` and `eos_id`.  Each sample stops on its
     own, and those that are done are no longer computed.
+
+    eos_id   one id or several, each of which ends an answer; None: only max_len does
     """
-    check_decoding(model, max_len)
-    answers: list[list[int]] = [[] for _ in src]
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
     cache = model.start(src)
-    running = torch.arange(len(src), device=src.device)  # the samples that have not stopped
+    answers: list[list[int]] = [[] for _ in src]
+    running = list(range(len(src)))  # the samples that have not stopped
     token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
-    while len(running) and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(dim=-1)  # (B,)
-        going_on = token != eos_id
+        going_on = goes_on[token]
         if not going_on.all():
-            running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+            running = [*compress(running, going_on.tolist())]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -52,7 +66,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool = True,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[Hypothesis]]:
     """The best answers found by keeping the `num_beams` best beginnings at every length.
 
@@ -65,33 +79,35 @@ def beam_search(
     `early_stopping` ends a sample's search as soon as nothing in its beam can become better than
     what it has: it costs no hypothesis.  Raises ValueError for options that make no sense.
     """
-    check_decoding(model, max_len)
-    check_beams(num_beams, num_return_sequences)
-    B, K, device = len(src), num_beams, src.device
-    found: list[list[Hypothesis]] = [[] for _ in src]
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
+    num_beams, num_return_sequences, length_penalty = check_beams(
+        num_beams, num_return_sequences, length_penalty, early_stopping, max_len
+    )
+    cache, B, K, device = model.start(src), len(src), num_beams, src.device
     rows = torch.arange(B, device=device).repeat_interleave(K)
-    cache = model.start(src).select(rows)  # beams of a sample side by side
-    running = torch.arange(B, device=device)  # the samples that have not stopped
+    cache = cache.select(rows)  # beams of a sample side by side
+    found: list[list[Hypothesis]] = [[] for _ in src]
+    running = list(range(B))  # the samples that have not stopped
     tokens = torch.full((B, K, 1), sos_id, device=device)
     scores = torch.full((B, K), -torch.inf, dtype=torch.float64, device=device)
     scores[:, 0] = 0
-    while len(running) and cache.length < max_len:
-        logits, cache = next_logits(model, tokens[:, :, -1].flatten(), cache, sos_id)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, tokens[:, :, -1].flatten(), cache, allowed, running)
         log_p = logits.double().log_softmax(dim=-1)  # (B K, V)
         V = log_p.shape[-1]
         # Every beginning, gone on with by every token
         extended = (scores.reshape(-1, 1) + log_p).reshape(-1, K * V)  # (B, K V)
         best = torch.argsort(-extended, dim=-1, stable=True)[:, :K]  # (B, K)
         scores = extended.gather(-1, best)  # (B, K)
-        places = torch.tensor([K - len(found[sample]) for sample in running.tolist()])
+        places = torch.tensor([K - len(found[sample]) for sample in running])
         scores[torch.arange(K, device=device) >= places.to(device)[:, None]] = -torch.inf
         beam, token = best // V, best % V  # whose continuation, by what   (B, K)
         tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[-1]))
         tokens = torch.cat([tokens, token[:, :, None]], dim=-1)  # (B, K, 1 + length)
 
         n = tokens.shape[-1] - 1
-        is_end = (token == eos_id) & scores.isfinite()
-        is_cut = scores.isfinite() & (n == max_len)
+        is_alive = scores.isfinite()
+        is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in (is_end | is_cut).nonzero().tolist():
             answer = tokens[i, k, 1:].tolist()
             score = float(scores[i, k]) / n**length_penalty
@@ -102,12 +118,12 @@ def beam_search(
         hope /= (max_len if length_penalty > 0 else n + 1) ** length_penalty  # at the very best
         going_on = hope.isfinite()
         if early_stopping:
-            for i, sample in enumerate(running.tolist()):
+            for i, sample in enumerate(running):
                 top = sorted((h.score for h in found[sample]), reverse=True)
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
         rows = (torch.arange(len(running), device=device)[:, None] * K + beam)[going_on].flatten()
-        cache, running = cache.select(rows), running[going_on]
+        cache, running = cache.select(rows), [*compress(running, going_on.tolist())]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
     return [hypotheses[:num_return_sequences] for hypotheses in best_first]
@@ -124,7 +140,7 @@ def sample(
     top_k: int = 0,
     top_p: float = 1.0,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
 ) -> list[list[int]]:
     """Each token drawn by its probability: softmax(logits / temperature), less the unlikely ones.
 
@@ -134,19 +150,22 @@ def sample(
     top_k          only the k most likely tokens; 0: all
     top_p          only the fewest tokens whose probabilities reach p   [Holtzman et al. 2020]
     """
-    check_decoding(model, max_len)
-    check_sampling(temperature, top_k, top_p)
-    answers: list[list[int]] = [[] for _ in src]
+    max_len, sos_id, allowed, goes_on = choices(model, src, max_len, sos_id, eos_id)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
+    check_rng(rng, torch.Generator, "torch.Generator().manual_seed(0)")
     cache = model.start(src)
-    running = torch.arange(len(src), device=src.device)
+    answers: list[list[int]] = [[] for _ in src]
+    running = list(range(len(src)))
     token = torch.full((len(src),), sos_id, device=src.device)  # (B,)
-    while len(running) and cache.length < max_len:
-        logits, cache = next_logits(model, token, cache, sos_id)  # (B, V)
+    while running and cache.length < max_len:
+        logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         p = probabilities(logits.double(), temperature, top_k, top_p)  # (B, V)
         token = torch.multinomial(p, 1, generator=rng)[:, 0]  # (B,)
-        going_on = token != eos_id
-        running, token, cache = running[going_on], token[going_on], cache.select(going_on)
-        for sample, chosen in zip(running.tolist(), token.tolist(), strict=True):
+        going_on = goes_on[token]
+        if not going_on.all():
+            running = [*compress(running, going_on.tolist())]
+            token, cache = token[going_on], cache.select(going_on)
+        for sample, chosen in zip(running, token.tolist(), strict=True):
             answers[sample].append(chosen)
     return answers
 
@@ -161,11 +180,29 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     return torch.empty_like(p).scatter_(-1, order, p / p.sum(dim=-1, keepdim=True))
 
 
+def choices(
+    model: Transformer, src: Tensor, max_len: int, sos_id: int, eos_id: Ids
+) -> tuple[int, int, Tensor, Tensor]:
+    """max_len and sos_id, checked; which tokens may be chosen (V,), and which do not end (V,).
+
+    Pad and start may not be chosen, unless `eos_id` names them.
+    """
+    max_len, sos_id, ends, never = check_decoding(model, max_len, sos_id, eos_id)
+    device = src.device if isinstance(src, Tensor) else None  # `start` says what src must be
+    allowed, goes_on = torch.ones((2, model.config.tgt_vocab_size), dtype=torch.bool, device=device)
+    allowed[never], goes_on[ends] = False, False
+    return max_len, sos_id, allowed, goes_on
+
+
 def next_logits(
-    model: Transformer, token: Tensor, cache: Cache, sos_id: int
+    model: Transformer, token: Tensor, cache: Cache, allowed: Tensor, samples: list[int]
 ) -> tuple[Tensor, Cache]:
-    """What may come after `token` (B,): logits (B, V), in which pad and start are impossible."""
+    """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
+
+    Raises ValueError, naming one of `samples`, where there is no most likely token: for NaN.
+    """
     logits, cache = model.step(token[:, None], cache)  # (B, 1, V)
-    last = logits[:, -1].clone()  # (B, V)
-    last[:, [model.config.tgt_pad_id, sos_id]] = -torch.inf
+    last = logits[:, -1].masked_fill(~allowed, -torch.inf)  # (B, V)
+    if not math.isfinite(last.max()):
+        raise not_finite(last.amax(dim=-1).tolist(), samples, cache.length)
     return last, cache

@@ -4,10 +4,12 @@ post-norm   x ← norm(x + sublayer(x))       the residual stream itself is norm
 pre-norm    x ← x + sublayer(norm(x))       the residual stream is never touched, only added to
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from npformer.options import flag, not_negative, probability
 from torchformer.attention import MultiHeadAttention
 from torchformer.cache import LayerCache, around
 from torchformer.feedforward import FeedForward
@@ -34,7 +36,9 @@ class EncoderLayer(nn.Module):
         eps: float = 1e-5,
     ):
         super().__init__()
-        self.norm_first, self.dropout = norm_first, sublayer_dropout
+        self.norm_first = flag("norm_first", norm_first)
+        self.dropout = probability("sublayer_dropout", sublayer_dropout)
+        eps = not_negative("eps", eps)
         self.self_attn = MultiHeadAttention(d_model, n_heads, attention_dropout)
         self.feed_forward = FeedForward(d_model, d_ff, activation, activation_dropout)
         self.norm1 = nn.LayerNorm(d_model, eps)
@@ -75,7 +79,7 @@ class EncoderLayer(nn.Module):
             return self.self_attn.ask(x, cache.own, mask)
 
         h = around(look_back, x, self.norm1, self.norm_first)
-        y = around(self.feed_forward, h, self.norm2, self.norm_first)
+        y = around(self.feed_forward.infer, h, self.norm2, self.norm_first)
         return y, cache
 
 
@@ -85,7 +89,7 @@ class Encoder(nn.Module):
     x (B, S, C)   mask -> (B, H, S, S)   ->   y (B, S, C)
     """
 
-    def __init__(self, layers: list[EncoderLayer], norm: nn.LayerNorm | None = None):
+    def __init__(self, layers: Iterable[EncoderLayer], norm: nn.LayerNorm | None = None):
         super().__init__()
         self.layers: Any = nn.ModuleList(layers)
         self.norm = norm

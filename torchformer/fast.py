@@ -26,7 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from npformer.answers import check_decoding, check_max_len
+from npformer import answers
+from npformer.answers import Ids
+from npformer.options import integer
 from torchformer import ops
 from torchformer.cache import Cache, around
 from torchformer.captured import aside, record
@@ -43,7 +45,7 @@ def greedy(
     *,
     max_len: int,
     sos_id: int = 1,
-    eos_id: int = 2,
+    eos_id: Ids = 2,
     look_every: int = 8,
     compiled: bool | None = None,
 ) -> list[list[int]]:
@@ -52,11 +54,10 @@ def greedy(
     look_every   tokens between two looks whether everybody has ended: each look is a wait
     compiled     torch.compile the step; by default on CUDA
     """
-    check_decoding(model, max_len)
-    never = [model.config.tgt_pad_id, sos_id]
-    B, S = src.shape
-    decoder = FastDecoder(model, B, max_len, src_len=S, never=never, compiled=compiled)
-    return decoder.greedy(src, max_len, sos_id, eos_id, look_every)
+    max_len, sos_id, ends, never = answers.check_decoding(model, max_len, sos_id, eos_id)
+    prompt = torch.full((len(src), 1), sos_id, device=src.device)
+    chosen = _continued(model, prompt, max_len, src, never, ends, look_every, compiled)
+    return [up_to(row, ends) for row in chosen.tolist()]
 
 
 @torch.no_grad()
@@ -66,8 +67,8 @@ def continued(
     n_tokens: int,
     *,
     src: Tensor | None = None,
-    never: Sequence[int] = (),
-    eos_id: int | None = None,
+    never: Sequence[int] | None = None,
+    eos_id: Ids = None,
     look_every: int = 8,
     compiled: bool | None = None,
 ) -> Tensor:
@@ -75,15 +76,44 @@ def continued(
 
     prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B, n_tokens)
 
-    never    tokens that are not chosen
-    eos_id   once every sample has chosen it, the rest is left as `eos_id`; None: nobody ends
+    never    tokens that are not chosen; nor is the pad, unless it is an `eos_id`
+    eos_id   once every sample has chosen it, or one of several, the rest is left as it, or the
+             first of them; None: nobody ends
+
+    Raises ValueError for a pad in the prompt: prompts of one length are continued together, those
+    of another in another call.
     """
+    V, pad_id = model.config.tgt_vocab_size, model.config.tgt_pad_id
+    ends = answers.end_ids(eos_id, V)
+    pads = [] if pad_id in ends else [pad_id]  # a pad is not attended to, and here all are
+    never = answers.never_ids([*(never or []), *pads], ends, V)
+    model._check_ids("prompt", "(B, P)", prompt)
+    if bool((prompt == pad_id).any()):
+        raise ValueError(
+            f"prompt has pads (tgt_pad_id = {pad_id}), so its rows differ in length, and would not "
+            "be continued as each is alone: continue those of one length together, without pads"
+        )
+    return _continued(model, prompt, n_tokens, src, never, ends, look_every, compiled)
+
+
+def _continued(
+    model: Transformer,
+    prompt: Tensor,
+    n_tokens: int,
+    src: Tensor | None,
+    never: list[int],
+    ends: list[int],
+    look_every: int,
+    compiled: bool | None,
+) -> Tensor:
     B, P = prompt.shape
+    n_tokens, look_every = integer("n_tokens", n_tokens, 1), integer("look_every", look_every, 1)
+    room = answers.check_max_len(P + n_tokens - 1, model.config.max_len)
+    if B == 0:
+        return prompt.new_empty((0, n_tokens))
     src_len = 0 if src is None else src.shape[1]
-    room = P + n_tokens - 1
-    check_max_len(room, model.config.max_len)
     decoder = FastDecoder(model, B, room, src_len=src_len, never=never, compiled=compiled)
-    return decoder.continued(prompt, n_tokens, src, eos_id, look_every)
+    return decoder.continued(prompt, n_tokens, src, ends, look_every)
 
 
 class FastDecoder:
@@ -159,7 +189,7 @@ class FastDecoder:
     def prefill(self, prompt: Tensor, src: Tensor | None = None) -> Tensor:
         """Begin anew: read the prompt at once, and choose what comes after it.
 
-        prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B,)
+        prompt (B, P), no pads   src (B, S), or None for a decoder-only model   ->   tokens (B,)
         """
         B, P = prompt.shape
         if len(self.token) != B or not 1 <= P <= self.room:
@@ -174,22 +204,25 @@ class FastDecoder:
         logits, cache = self.model.step(prompt, self.model.start(src))  # (B, P, V)
         self.decoder.fill(cache, self.is_fixed)
         self.length = P
-        self.token.copy_((logits[:, -1] + self.decoder.forbidden).argmax(dim=-1))
+        self.token.copy_(self.decoder.choose(logits[:, -1], self.decoder.position - 1))
         return self.token.clone()
 
     @torch.no_grad()
-    def decode(self, n_tokens: int, eos_id: int | None = None, look_every: int = 8) -> Tensor:
-        """The `n_tokens` after the last one: one step each.   ->   tokens (B, n_tokens)"""
+    def decode(self, n_tokens: int, ends: Sequence[int] = (), look_every: int = 8) -> Tensor:
+        """The `n_tokens` after the last one: one step each.   ->   tokens (B, n_tokens)
+
+        ends   once every sample has chosen one of them, the rest is left as the first of them
+        """
         if self.length + n_tokens > self.room:
             raise ValueError(
                 f"{n_tokens} tokens more than {self.length} do not fit into the room of {self.room}"
             )
-        unset = 0 if eos_id is None else eos_id
-        tokens = self.token.new_full((len(self.token), 1 + n_tokens), unset)
+        tokens = self.token.new_full((len(self.token), 1 + n_tokens), ends[0] if ends else 0)
         tokens[:, 0] = self.token
+        end_tokens = self.token.new_tensor(ends)
         for i in range(1, 1 + n_tokens):
-            is_look = eos_id is not None and i % look_every == 0
-            if is_look and (tokens[:, :i] == eos_id).any(dim=1).all():
+            is_look = ends and i % look_every == 0
+            if is_look and torch.isin(tokens[:, :i], end_tokens).any(dim=1).all():
                 break
             self.length += 1
             if self.replay:
@@ -204,24 +237,27 @@ class FastDecoder:
         prompt: Tensor,
         n_tokens: int,
         src: Tensor | None = None,
-        eos_id: int | None = None,
+        ends: Sequence[int] = (),
         look_every: int = 8,
     ) -> Tensor:
-        """See the function of that name."""
+        """prompt (B, P)   ->   tokens (B, n_tokens): prefill and decode.
+
+        Raises ValueError where the logits are not finite.
+        """
         first = self.prefill(prompt, src)
-        return torch.cat([first[:, None], self.decode(n_tokens - 1, eos_id, look_every)], dim=1)
+        tokens = torch.cat([first[:, None], self.decode(n_tokens - 1, ends, look_every)], dim=1)
+        top = self.decoder.top
+        not_finite = (~top.T.isfinite()).nonzero().tolist()  # the earliest position first
+        if not_finite:
+            at, sample = not_finite[0]
+            n = at - prompt.shape[1] + 2
+            raise answers.not_finite([float(top[sample, at])], [sample], n)
+        return tokens
 
-    def greedy(
-        self, src: Tensor, max_len: int, sos_id: int = 1, eos_id: int = 2, look_every: int = 8
-    ) -> list[list[int]]:
-        """See the function of that name."""
-        prompt = torch.full((len(src), 1), sos_id, device=src.device)
-        chosen = self.continued(prompt, max_len, src, eos_id, look_every)
-        return [up_to(row, eos_id) for row in chosen.tolist()]
 
-
-def up_to(tokens: list[int], eos_id: int) -> list[int]:
-    return tokens[: tokens.index(eos_id)] if eos_id in tokens else tokens
+def up_to(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    places = (i for i, token in enumerate(tokens) if token in ends)
+    return tokens[: next(places, None)]
 
 
 class StaticDecoder:
@@ -243,8 +279,10 @@ class StaticDecoder:
         device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
         self.model, self.packed, self.src_len = model, packed, src_len
         self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next token
-        self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=dtype, device=device)
-        self.forbidden[list(never)] = -torch.inf
+        self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=torch.bool, device=device)
+        self.forbidden[list(never)] = True
+        # The logit of the token chosen at each position: NaN if any was   (B, room)
+        self.top = torch.zeros((batch_size, room), dtype=dtype, device=device)
         positions: Any = model.tgt_positions
         table = positions.table if hasattr(positions, "table") else positions.weight
         self.positions = table[:room].to(dtype)  # (room, C)
@@ -280,6 +318,7 @@ class StaticDecoder:
         self.known.fill_(True)
         self.known[..., : cache.length] = cache.tgt_mask
         self.position.fill_(cache.length)
+        self.top.zero_()
         if self.src_len:
             self.memory_known.copy_(cache.memory_mask)
         if not is_fixed:
@@ -302,7 +341,13 @@ class StaticDecoder:
         for layer in self.layers:
             x = layer.step(x, position, n_seen, visible, self.memory_mask)
         y = model.decoder.norm(x) if model.decoder.norm else x
-        return (self.head(y) + self.forbidden).argmax(dim=-1)
+        return self.choose(self.head(y), position)
+
+    def choose(self, logits: Tensor, position: Tensor) -> Tensor:
+        """logits (B, V) of what comes after `position` (1,)   ->   the most likely token (B,)"""
+        top, token = logits.masked_fill(self.forbidden, -torch.inf).max(dim=-1)
+        self.top.index_copy_(1, position, top[:, None])
+        return token
 
 
 class StaticLayer:

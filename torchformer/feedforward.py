@@ -5,6 +5,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from npformer.options import choice, integer, probability
 from torchformer import ops
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -18,7 +19,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, d_ff: int, activation: str = "relu", dropout: float = 0.0):
         super().__init__()
-        self.activation, self.dropout = ACTIVATIONS[activation], dropout
+        d_model, d_ff = integer("d_model", d_model, 1), integer("d_ff", d_ff, 1)
+        self.activation = ACTIVATIONS[choice("activation", activation, [*ACTIVATIONS])]
+        self.dropout = probability("dropout", dropout)
         self.linear1 = nn.Linear(d_model, d_ff)
         self.linear2 = nn.Linear(d_ff, d_model)
 
@@ -27,3 +30,7 @@ class FeedForward(nn.Module):
         a = self.activation(h)
         kept = ops.dropout(a, self.dropout, self.training, rng)
         return self.linear2(kept)  # (..., C)
+
+    def infer(self, x: Tensor) -> Tensor:
+        """Without dropout, in training as well: for a step of a cache (see cache.py)."""
+        return self.linear2(self.activation(self.linear1(x)))  # (..., C)

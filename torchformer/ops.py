@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from npformer.options import probability
 from torchformer.masks import CAUSAL, causal_mask
 
 Mask = Any  # a boolean Tensor, True means "may attend"; masks.CAUSAL; or None
@@ -51,6 +52,7 @@ def attention(
     is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has to
     reach the weights, which the kernels never write down: then they are made explicitly.
     """
+    p = probability("dropout: p", p)
     if rng is not None:
         weights = attention_weights(q, k, mask)  # (..., T, S)
         return dropout(weights, p, True, rng) @ v
@@ -64,6 +66,7 @@ def attention(
 
 def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     """F.dropout, or, given an `rng`, with the mask that `rng.dropout_mask(shape, p)` replays."""
+    p = probability("dropout: p", p)
     if rng is None or not training or p == 0:
         return F.dropout(x, p, training)
     keep = rng.dropout_mask(tuple(x.shape), p)
@@ -71,13 +74,20 @@ def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     return x * torch.as_tensor(keep, device=x.device) * scale
 
 
-def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
-    """A mask is boolean and broadcasts to the scores that it is for."""
+def check_boolean(op: str, mask: Tensor, name: str = "mask") -> None:
+    """A mask is boolean and nothing else; say how to convert what it may be."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: {name} must be a boolean tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise TypeError(
             f"{op}: {name} must be boolean, True = may attend, got {mask.dtype}: pass mask == 1 "
             "if 1 means 'may attend', mask == 0 if it means the opposite or if the mask is additive"
         )
+
+
+def check_mask(op: str, mask: Tensor, shape: tuple[int, ...], name: str = "mask") -> None:
+    """A mask is boolean and broadcasts to the scores that it is for."""
+    check_boolean(op, mask, name)
     aligned = zip(mask.shape[::-1], shape[::-1], strict=False)  # from the right, as broadcasting is
     if mask.ndim > len(shape) or any(m != 1 and m != n for m, n in aligned):
         letters = "(B, H, T, S)" if len(shape) == 4 else "(..., T, S)"

@@ -13,11 +13,10 @@ the number of target tokens of all ranks together.
 
 import argparse
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -44,14 +36,15 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from npformer import checkpoint, presets, tasks, training
+from npformer import arguments, checkpoint, presets, runs, tasks, training
+from npformer.arguments import SEEDS, STEPS, whole_number
 from npformer.tasks import Batch
 from torchformer.captured import options_of
+from torchformer.shards import load, save
 from torchformer.training import count_targets, set_rate, train_step
 from torchformer.transformer import Transformer, as_numpy
 
 ENGINES = ("ddp", "fsdp", "tp")
-SHARDS = "shards"  # what the ranks have saved, to go on from
 
 
 def local_rank() -> int:
@@ -185,38 +178,6 @@ def whole(x: Tensor) -> Tensor:
 # --- Checkpoints ------------------------------------------------------------------------------
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Every rank writes its share; any number of ranks can read it.
-
-    Beside what is there, which gives way when all is written: a crash leaves one of the two whole.
-    """
-    part, old = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "old"))
-    if dist.get_rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    dist.barrier()
-    weights, state = get_state_dict(model, optimizer)
-    held = {"model": weights, "optimizer": state, "step": torch.tensor(step)}
-    save_shards(held, checkpoint_id=part)  # returns when every rank has written
-    if dist.get_rank() == 0:
-        if folder.exists():
-            folder.replace(old)
-        part.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-
-
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Goes on from there, whatever the engine and the number of ranks were; returns the step."""
-    old = folder.with_name(f"{folder.name}.old")
-    if not folder.exists() and old.exists():
-        folder = old  # a crash came between the two renames of `save`
-    weights, state = get_state_dict(model, optimizer)
-    held = {"model": weights, "optimizer": state, "step": torch.tensor(0)}
-    load_shards(held, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
-    return int(held["step"])
-
-
 def export(folder: Path, model: nn.Module, config: Any) -> None:
     """The common folder that both twins read, written by rank 0."""
     weights = full_weights(model)
@@ -241,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # FSDP is anxious for outputs that are views, should one write into them: here nobody does
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     try:
-        with group(options.device) as mesh:
-            _train(options, mesh)
+        with group(options.device) as mesh, _folder(options) as folder:
+            _train(options, mesh, folder)
     except (ValueError, OSError) as error:
         print(f"torchformer.training: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -250,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         "torchrun ... -m torchformer.training",
         description="Train on several devices.  Started by torchrun, once for each; alone, it is a "
         "group of one.  `npformer train --backend torch` is the command for a single device.",
@@ -260,21 +221,47 @@ def _parser() -> argparse.ArgumentParser:
     add("--parallel", choices=ENGINES, default="ddp", help="what is spread (ddp)")
     add("--preset", default="default", help="model and recipe (default)")
     add("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
-    add("--steps", type=int, help="instead of the recipe's")
-    add("--seed", type=int, default=0)
+    add("--steps", type=whole_number(1, STEPS), help="instead of the recipe's")
+    add("--seed", type=whole_number(0, SEEDS - 2**20), default=0)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, metavar="DIR", help="folder to save to (runs/TASK-parallel)")
     add("--resume", action="store_true", help="go on from what is in DIR, on any number of ranks")
-    add("--save-every", type=int, default=1000, metavar="N", help="steps (1000)")
+    add("--overwrite", action="store_true", help="replace the run that is in DIR")
+    add("--save-every", type=whole_number(1, STEPS), default=1000, metavar="N", help="steps (1000)")
     return parser
 
 
-def _train(options: argparse.Namespace, mesh: Any) -> None:
+@contextmanager
+def _folder(options: argparse.Namespace) -> Iterator[Path]:
+    """Locked, and asked whose it is, by rank 0; where it is refused all ranks stop."""
+    folder = options.out or Path("runs") / f"{options.task}-parallel"
+    with ExitStack() as stack:
+        refused: ValueError | None = None
+        if dist.get_rank() == 0:
+            try:
+                stack.enter_context(runs.locked(folder))
+                if not options.resume:
+                    runs.claim(folder, "run", options.overwrite, "--resume, ")
+                elif options.overwrite:
+                    raise ValueError("--resume goes on with what --overwrite would replace")
+            except ValueError as error:
+                refused = error
+        n_refused = torch.tensor(int(refused is not None), device=options.device)
+        dist.all_reduce(n_refused)
+        if n_refused.item():
+            raise refused or ValueError(f"{folder} is refused, rank 0 says why")
+        yield folder
+
+
+def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     task = tasks.load(options.task)
     chosen = presets.settings(task, options.preset, options.config)
     config, recipe = presets.build(task, chosen)
     total = options.steps or recipe.steps
-    folder = options.out or Path("runs") / f"{task.name}-parallel"
+    arguments.check_room("to train this model", presets.bytes_to_train(task, config, recipe))
+    about = {"kind": "train", "task": task.name, "backend": "torch", "seed": options.seed}
+    about |= {"preset": options.preset, "config": config.to_json(), "recipe": asdict(recipe)}
+    about |= {"threads": None, "parallel": options.parallel, "ranks": mesh.size()}
     is_first = dist.get_rank() == 0
     model = Transformer(config, np.random.default_rng(options.seed), device=options.device)
     model.right_padded = True  # as all tasks pad
@@ -287,9 +274,10 @@ def _train(options: argparse.Namespace, mesh: Any) -> None:
     )
     first = 1
     if options.resume:
-        first = 1 + load(folder / SHARDS, spread_model, optimizer)
-    elif (folder / SHARDS).exists():
-        raise ValueError(f"{folder} holds a run: --resume, or give another --out")
+        first = 1 + load(folder / runs.SHARDS, spread_model, optimizer)
+    elif is_first:
+        runs.clear(folder, "run")
+        checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
     schedule = recipe.schedule_for(config, total)
     if is_first:
         print(
@@ -316,11 +304,8 @@ def _train(options: argparse.Namespace, mesh: Any) -> None:
             if is_first:
                 print(f"   step {step:>6}  loss {loss:.4f}", flush=True)
         if step % options.save_every == 0 or step == total:
-            save(folder / SHARDS, spread_model, optimizer, step)
+            save(folder / runs.SHARDS, spread_model, optimizer, step)
     export(folder, spread_model, config)
     if is_first:
-        about = {"task": task.name, "backend": "torch", "seed": options.seed}
-        about |= {"preset": options.preset, "config": config.to_json(), "recipe": asdict(recipe)}
-        about |= {"threads": None, "parallel": options.parallel, "ranks": mesh.size()}
-        checkpoint.save_json(folder / training.RUN, about | {"versions": training.versions()})
+        checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
         print(f"Next: npformer predict {folder} ...    npformer check {folder}", flush=True)

@@ -5,9 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from npformer.options import integer
+
 
 def sinusoidal_table(n: int, d_model: int) -> Tensor:
     """PE[t, 2i] = sin(t / 10000^(2i/C)),  PE[t, 2i+1] = cos(t / 10000^(2i/C)).   (n, C), float64"""
+    n, d_model = integer("n", n, 1), integer("d_model", d_model, 1)
     t = torch.arange(n, dtype=torch.float64)[:, None]  # (n, 1)
     even = torch.arange(0, d_model, 2, dtype=torch.float64)
     frequency = torch.exp(-math.log(10000) / d_model * even)  # 1 / 10000^(2i/C)
@@ -25,7 +28,8 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, max_len: int, d_model: int):
         super().__init__()
-        self.register_buffer("table", sinusoidal_table(max_len, d_model), persistent=False)
+        table = sinusoidal_table(integer("max_len", max_len, 1), d_model)
+        self.register_buffer("table", table, persistent=False)
 
     def _apply(self, fn, recurse=True):
         """`.to(device)` is to move the table, `.to(dtype)` not to round it: it is cast at use."""
@@ -45,6 +49,7 @@ class LearnedPositions(nn.Module):
 
     def __init__(self, max_len: int, d_model: int):
         super().__init__()
+        max_len, d_model = integer("max_len", max_len, 1), integer("d_model", d_model, 1)
         self.weight = nn.Parameter(torch.empty(max_len, d_model).normal_(0, d_model**-0.5))
 
     def forward(self, x: Tensor, offset: int = 0) -> Tensor:
@@ -54,9 +59,7 @@ class LearnedPositions(nn.Module):
 
 
 def _check_length(x: Tensor, offset: int, max_len: int) -> None:
-    if offset < 0:
-        raise ValueError(f"offset must be at least 0, got {offset}")
-    if offset + x.shape[1] > max_len:
+    if integer("offset", offset, 0) + x.shape[1] > max_len:
         raise ValueError(
             f"the sequence has {offset + x.shape[1]} positions, the model has {max_len} (max_len)"
         )

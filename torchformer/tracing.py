@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from npformer import tracing
 from npformer.tracing import Entry, Trace
-from torchformer.transformer import Transformer, as_numpy
+from torchformer.transformer import Transformer, as_numpy, evaluating
 
 READ = ("ops", "attention", "feedforward", "positional", "encoder", "decoder", "transformer")
 
@@ -24,20 +24,15 @@ READ = ("ops", "attention", "feedforward", "positional", "encoder", "decoder", "
 def trace(model: Transformer, *inputs: Any, target: Tensor | None = None, **options: Any) -> Trace:
     """One step of the model: forward and, where there is a `target` (B, T), loss and backward."""
     watcher = _Watcher(model)
-    was_training = model.training
-    model.eval()
     about: dict[str, Any] = {"config": model.config.to_json()}
     about["inputs"] = [list(x.shape) for x in inputs if x is not None]
-    try:
-        with watcher:
-            # Given an rng, attention makes its weights explicitly; in eval mode nothing is drawn
-            logits = model(*inputs, rng=object(), **options)
-        if target is not None:
-            loss = F.cross_entropy(logits.mT, target, ignore_index=model.config.tgt_pad_id)
-            about["loss"] = loss.item()
-            watcher.add_gradients(loss)
-    finally:
-        model.train(was_training)
+    with evaluating(model), watcher:
+        # Given an rng, attention makes its weights explicitly; in eval mode nothing is drawn
+        logits = model(*inputs, rng=object(), **options)
+    if target is not None:
+        loss = F.cross_entropy(logits.mT, target, ignore_index=model.config.tgt_pad_id)
+        about["loss"] = loss.item()
+        watcher.add_gradients(loss)
     return Trace(watcher.entries, about)
 
 

@@ -22,7 +22,7 @@ from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
 from torchformer.encoder import EncoderLayer
-from torchformer.fast import FastDecoder
+from torchformer.fast import FastDecoder, up_to
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -118,9 +118,10 @@ class Trainer:
 
     def _what_would_fit(self, batch: Batch) -> str:
         """The error after an out-of-memory: halves the batch until a step of it does fit."""
-        if self.captured:
-            self.captured.forget()  # graphs keep their memory
         n = B = len(batch.tgt)
+        if self.captured and self.captured.graphs:  # which keep their memory
+            self.captured.forget()
+            n = 2 * B
         while n > 1:
             n //= 2
             self.optimizer.zero_grad()
@@ -129,6 +130,8 @@ class Trainer:
                 add_gradients(self.model, (src, tgt), count_targets(tgt), **self.how)
             except torch.OutOfMemoryError:
                 continue
+            if n == B:
+                return f"out of memory with a batch of {B} and CUDA graphs: --no-capture would fit"
             return f"out of memory with a batch of {B}; {n} would fit (batch_size = {n})"
         return f"out of memory with a batch of {B}, and with one of 1: a smaller model is needed"
 
@@ -153,7 +156,8 @@ class Trainer:
             )
         decoder = self.decoders[B, S, max_len]
         decoder.read_weights()
-        return decoder.greedy(src, max_len, SOS, EOS)
+        chosen = decoder.continued(torch.full((B, 1), SOS, device=self.device), max_len, src, [EOS])
+        return [up_to(row, [EOS]) for row in chosen.tolist()]
 
     def weights(self) -> dict[str, np.ndarray]:
         # A copy: on the CPU .numpy() shares the memory that the optimizer goes on writing to.

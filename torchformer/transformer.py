@@ -11,6 +11,8 @@ Shapes  B batch, S source positions, T target positions, C model width, V target
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from npformer import checkpoint
 from npformer.config import TransformerConfig
 from torchformer import ops
+from torchformer.attention import check_heads_mask
 from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
@@ -37,7 +40,8 @@ class Transformer(nn.Module):
 
     The padding masks of both sides and the causal mask of the target are made from the ids.  A
     mask that is given besides is `&`-ed to them: src_mask -> (B, H, S, S), for the encoder, and
-    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Decoder-only: src is None.
+    tgt_mask -> (B, H, T, T), for the decoder's self-attention.  Which shapes a mask may have:
+    see MultiHeadAttention.  Decoder-only: src is None.
 
     `rng` is a NumPy generator and draws the initial weights: the same seed gives both twins the
     same model.
@@ -150,6 +154,7 @@ class Transformer(nn.Module):
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
         """src (B, S)   ->   memory (B, S, C)"""
+        self._check_source(src)
         if src_mask is FULL:
             mask = None  # every kernel is faster without one
         else:
@@ -163,11 +168,16 @@ class Transformer(nn.Module):
         self,
         tgt: Tensor,
         memory: Tensor | None,
-        memory_mask: Mask,
+        memory_mask: Mask = None,
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)"""
+        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
+
+        memory_mask -> (B, H, T, S); None: all of the memory may be attended to
+        """
+        self._check_ids("tgt", "(B, T)", tgt)
+        self._check_memory(memory, memory_mask, tgt)
         if self.right_padded and tgt_mask is None:
             mask = CAUSAL  # a token sees none of the pads, which all come after it
         else:
@@ -184,14 +194,12 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def start(self, src: Tensor | None, src_mask: Mask = None) -> Cache:
-        """The cache of an answer that has not begun: `src` encoded, and nothing of the target.
-
-        Dropout is on in training, so call model.eval() first.
-        """
+        """The cache of an answer that has not begun: `src` encoded, and nothing of the target."""
         self._check_source(src)
         if src is None:
             return Cache([LayerCache(None, None) for _ in self.decoder.layers])
-        memory = self.encode(src, src_mask)  # (B, S, C)
+        with evaluating(self):
+            memory = self.encode(src, src_mask)  # (B, S, C)
         memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
         return Cache(self.decoder.start(memory), None, memory_mask)
 
@@ -212,9 +220,11 @@ class Transformer(nn.Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
-        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
-        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
-        x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
+        T, mask = tgt.shape[1], known
+        if T > 1:  # nothing comes after one
+            mask = known & causal_mask(T, offset=offset, device=tgt.device)
+        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset, p=0.0)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
         else:
@@ -229,12 +239,17 @@ class Transformer(nn.Module):
         positions: SinusoidalPositions | LearnedPositions,
         rng=None,
         offset: int = 0,
+        p: float | None = None,
     ) -> Tensor:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]
+
+        p   of dropout; None: that of the config, in training
+        """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e = embedding(ids)  # (B, T, C)
         x = positions(e * scale, offset)
-        return ops.dropout(x, self.config.embedding_dropout, self.training, rng)
+        p = self.config.embedding_dropout if p is None else p
+        return ops.dropout(x, p, self.training, rng)
 
     def _tied_head(self, x: Tensor) -> Tensor:
         """logits = x Wᵀ: the table read the other way, a score for each of its rows   [§ 3.4]."""
@@ -249,12 +264,8 @@ class Transformer(nn.Module):
         self, src: Tensor | None, tgt: Tensor, src_mask: Mask = None, tgt_mask: Mask = None
     ) -> Tensor:
         """The logits alone, without dropout and without keeping anything for a backward."""
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return self(src, tgt, src_mask, tgt_mask)
-        finally:
-            self.train(was_training)
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which both twins read; see checkpoint.py."""
@@ -294,19 +305,55 @@ class Transformer(nn.Module):
                 f"Transformer: {name} must be a tensor {letters} of integer ids, got {got}; "
                 "a batch of one sequence is ids[None]"
             )
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"Transformer: {name}: ids must be an integer tensor, int64 or int32, "
+                f"got {ids.dtype}"
+            )
         if not 1 <= ids.shape[1] <= self.config.max_len:
             raise ValueError(
                 f"Transformer: {name} has {ids.shape[1]} positions, the model takes 1 to "
                 f"{self.config.max_len} (max_len)"
             )
 
+    def _check_memory(self, memory: Tensor | None, memory_mask: Mask, tgt: Tensor) -> None:
+        if (memory is None) != (self.encoder is None):
+            raise ValueError(
+                "Transformer: memory must be None, the model is decoder-only"
+                if self.encoder is None
+                else "Transformer: memory is None, but the model has an encoder"
+            )
+        if memory is None:
+            if memory_mask is not None:
+                raise ValueError("Transformer: memory_mask is given, but there is no memory")
+            return
+        if memory.ndim != 3 or len(memory) != len(tgt):
+            raise ValueError(
+                f"Transformer: memory must be (B, S, C) with B = {len(tgt)}, the samples of tgt, "
+                f"got shape {tuple(memory.shape)}"
+            )
+        scores = (len(tgt), self.config.n_heads, tgt.shape[1], memory.shape[1])  # (B, H, T, S)
+        check_heads_mask("Transformer", memory_mask, scores, "memory_mask")
+
     def _and(self, name: str, given: Mask, mask: Tensor, T: int) -> Tensor:
         """A mask that was given allows nothing that ours forbids.   mask (B, 1, T or 1, S)"""
         if given is None:
             return mask
         scores = (len(mask), self.config.n_heads, T, mask.shape[-1])  # (B, H, T, S)
-        ops.check_mask("Transformer", given, scores, name)
+        check_heads_mask("Transformer", given, scores, name)
         return mask & given
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; afterwards each module is in training that was, and no other."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def as_numpy(x: Tensor) -> np.ndarray:

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from npformer.arguments import Parser, one_line, positive_number, whole_number
+
 
 def main(arguments: list[str] | None = None) -> int:
     """0: all agree; 1: something differs; 2: the command itself is wrong, said in one line."""
@@ -41,7 +43,7 @@ def _run(options: argparse.Namespace, found: list) -> int:
 def _dump(options: argparse.Namespace, found: list) -> int:
     from npformer.testing.exchange import dump
 
-    dump(Path(options.dump), found)
+    dump(Path(options.dump), found, options.overwrite)
     print(
         f"{len(found)} cases in {options.dump}; answers go to {options.dump}/answers, then --check"
     )
@@ -77,7 +79,7 @@ def _bounds(options: argparse.Namespace, only: tuple[str, ...]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m npformer.testing",
         description="Run another implementation of the Transformer through npformer's tests "
         "(docs/testing-kit.md).",
@@ -93,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--check", metavar="DIR", help="score the answers that a program wrote there")
     mode.add_argument(
         "--bounds",
-        type=_positive,
+        type=whole_number(1, 10**6),
         metavar="N",
         help="how much of each op's bound N examples use, npformer against PyTorch",
     )
@@ -105,8 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         help="only this level; may be given several times (default: all)",
     )
     add("--only", action="append", default=[], metavar="OP", help="only this operation; repeatable")
-    add("--examples", type=_positive, default=20, metavar="N", help="of each operation (20)")
-    add("--seed", type=int, default=0, metavar="N", help="of all cases (0)")
+    add(
+        "--examples",
+        type=whole_number(1, 10**4),
+        default=20,
+        metavar="N",
+        help="of each operation (20)",
+    )
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="of all cases (0)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="(float64)")
     add(
         "--fix",
@@ -117,31 +125,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--time-limit",
-        type=_seconds,
+        type=positive_number(86400),
         default=60.0,
         metavar="S",
         help="seconds for a case, which is asked twice (60)",
     )
     add("--json", metavar="FILE", help="write every verdict there as well")
+    add("--overwrite", action="store_true", help="--dump: replace the cases that are there")
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return value
-
-
 def _refuse(message: str) -> int:
-    print(f"python -m npformer.testing: {message}", file=sys.stderr)
+    print(f"python -m npformer.testing: {one_line(message)}", file=sys.stderr)
     return 2
 
 

@@ -10,35 +10,44 @@ docs/testing-kit.md describes both files for whoever has no safetensors library.
 """
 
 import json
+import math
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from npformer.testing.cases import Case
+from npformer import checkpoint, runs
+from npformer.config import TransformerConfig
+from npformer.testing.cases import LEVELS, Case
 from npformer.testing.judge import Verdict, judge
 
 Array = np.ndarray
 FORMAT_VERSION = 1
+MOST = 1 << 20  # of a number among the options, where a size is made of it
 
 
-def dump(folder: Path, cases: list[Case]) -> None:
+def dump(folder: Path, cases: list[Case], overwrite: bool = False) -> None:
     """Write every case and the manifest.  Raises ValueError where there is a dump already."""
-    if (folder / "manifest.json").exists():
-        raise ValueError(f"{folder} already holds cases; name a new folder")
-    (folder / "cases").mkdir(parents=True, exist_ok=True)
-    (folder / "answers").mkdir(exist_ok=True)
+    runs.claim(folder, "cases", overwrite)
+    runs.clear(folder, "cases")
+    with checkpoint.blame(folder):
+        (folder / "answers").mkdir(parents=True, exist_ok=True)
+    entries = []
     for case in cases:
         expected = {f"expected.{name}": x for name, x in case.expected.items()}
         bounds = {f"bound.{name}": _full(case, name) for name in case.expected}
-        tensors = {
-            name: np.array(x, order="C") for name, x in (case.arrays | expected | bounds).items()
-        }
-        save_file(tensors, folder / "cases" / f"{case.name}.safetensors")
-    manifest = {"format_version": FORMAT_VERSION, "cases": [_entry(case) for case in cases]}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+        tensors = case.arrays | expected | bounds
+        # Without metadata: others read them with thirty lines of their own
+        checkpoint.save_tensors(folder / "cases" / f"{case.name}.safetensors", tensors, None)
+        entries.append(_entry(case) | {"checksum": checkpoint.checksum(tensors, {})})
+    manifest = {"format_version": FORMAT_VERSION, "checksum": _checksum(entries), "cases": entries}
+    checkpoint.save_json(folder / "manifest.json", manifest)
+
+
+def _checksum(entries: Any) -> str:
+    return f"crc32:{zlib.crc32(json.dumps(entries).encode()):08x}"
 
 
 def _full(case: Case, name: str) -> Array:
@@ -65,38 +74,80 @@ def _described(x: Array) -> dict[str, Any]:
 def load(folder: Path) -> list[Case]:
     """The cases of a dump.  Raises ValueError, with the path and what is wrong there."""
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}"
-            )
-        return [_case(folder, entry) for entry in manifest["cases"]]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; --dump writes it") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a manifest of cases ({error})") from None
+    if folder.is_dir() and not path.exists():
+        raise ValueError(f"{path}: no such file; --dump writes it")
+    manifest = checkpoint.load_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("cases"), list):
+        raise ValueError(f"{path}: not a manifest of cases")
+    version, entries = manifest.get("format_version"), manifest["cases"]
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}"
+        )
+    if manifest.get("checksum") not in (None, _checksum(entries)):
+        raise ValueError(f"{path}: changed since it was written, by its checksum")
+    with checkpoint.blame(path):
+        return [_case(folder, _checked(entry)) for entry in entries]
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """What is said of a case, of the types that it has when we write it."""
+    kinds = {"name": str, "level": str, "op": str, "dtype": str}
+    kinds |= {"options": dict, "arrays": dict, "expected": dict}
+    if not isinstance(entry, dict) or not set(kinds) <= set(entry) <= {*kinds, "checksum"}:
+        raise ValueError(f"a case has {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if not isinstance(entry[key], kind):
+            raise ValueError(f"the {key} of a case is {checkpoint.shortened(entry[key])}")
+    if not runs.CASE.fullmatch(f"{entry['name']}.safetensors"):
+        raise ValueError(f"a case is called {checkpoint.shortened(entry['name'])}")
+    if entry["level"] not in LEVELS or entry["dtype"] not in ("float32", "float64"):
+        raise ValueError(f"{entry['name']}: unknown level or dtype")
+    return entry
 
 
 def _case(folder: Path, entry: dict[str, Any]) -> Case:
-    tensors = _tensors(folder / "cases" / f"{entry['name']}.safetensors")
+    path = folder / "cases" / f"{entry['name']}.safetensors"
+    tensors, _ = checkpoint.load_tensors(path)
+    if entry.get("checksum") not in (None, checkpoint.checksum(tensors, {})):
+        raise checkpoint.CheckpointError(f"{path}: damaged, its checksum is not the manifest's")
+    wanted = list(entry["arrays"])
+    wanted += [f"{kind}.{name}" for kind in ("expected", "bound") for name in entry["expected"]]
+    if missing := [name for name in wanted if name not in tensors]:
+        raise checkpoint.CheckpointError(f"{path}: lacks {checkpoint.shortened(missing[0])}")
 
     def part(prefix: str) -> dict[str, Array]:  # in the manifest's order: backward's
         return {name: tensors[f"{prefix}.{name}"] for name in entry["expected"]}
 
-    arrays = {name: tensors[name] for name in entry["arrays"]}
+    arrays, options = {name: tensors[name] for name in entry["arrays"]}, entry["options"]
+    expected, bounds = part("expected"), part("bound")
+    for name, x in expected.items():
+        if bounds[name].shape != x.shape or bounds[name].dtype != np.float64:
+            raise checkpoint.CheckpointError(f"{path}: bound.{name} is not of expected.{name}")
+    _check_sizes(entry["name"], options, arrays, expected)
     kind = (entry["name"], entry["level"], entry["op"], entry["dtype"])
-    return Case(*kind, arrays, entry["options"], part("expected"), part("bound"))
+    return Case(*kind, arrays, options, expected, bounds)
 
 
-def _tensors(path: Path) -> dict[str, Array]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from None
+def _check_sizes(name: str, options: Any, arrays: Any, expected: Any) -> None:
+    """What is computed of the options, to explain a wrong answer, is not larger than the arrays."""
+    if any(abs(n) > MOST for n in _integers(options)):
+        raise ValueError(f"{name}: an option beyond {MOST:,}")
+    if "config" in options:
+        config = TransformerConfig(**options["config"])
+        checkpoint.check_size(config, [list(x.shape) for x in arrays.values()])
+    if "max_len" in options and options["max_len"] > max(
+        math.prod(x.shape) for x in expected.values()
+    ):
+        raise ValueError(f"{name}: max_len is {options['max_len']}, and no answer is that long")
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _integers(each)
 
 
 def check(folder: Path) -> list[Verdict]:
@@ -114,6 +165,6 @@ def _verdict(folder: Path, case: Case) -> Verdict:
     if not path.exists():
         return Verdict(case, "skipped", "no answer")
     try:
-        return judge(case, _tensors(path))
+        return judge(case, checkpoint.load_tensors(path)[0])
     except ValueError as error:
         return Verdict(case, "failed", str(error))

@@ -1,10 +1,10 @@
 """What a run of the kit says: a line for each operation, and why it failed where it did."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from npformer import checkpoint
 from npformer.testing.cases import LEVELS
 from npformer.testing.judge import Verdict
 from npformer.testing.variants import explain
@@ -72,7 +72,7 @@ class Report:
             },
             "cases": [verdict.as_json() for verdict in self.verdicts],
         }
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        checkpoint.save_json(path, content)
 
 
 def _is_there(group: list[Verdict]) -> bool:
