@@ -260,7 +260,8 @@ def decoding(bench: Bench, seconds: float) -> Rows:
 def decoded(
     bench: Bench, model: Transformer, prompt: torch.Tensor, n_tokens: int, seconds: float
 ) -> Rows:
-    decoder = fast.FastDecoder(model, len(prompt), prompt.shape[1] + n_tokens)
+    room, pad_id = prompt.shape[1] + n_tokens, model.config.tgt_pad_id
+    decoder = fast.FastDecoder(model, len(prompt), room, never=[pad_id])
     first = decoder.prefill(prompt)
     chosen = torch.cat([first[:, None], decoder.decode(min(n_tokens, N_COMPARED))], dim=1)
     row: Rows = {"same_tokens": check_tokens(model, prompt, chosen)}
@@ -287,10 +288,12 @@ def check_tokens(model: Transformer, prompt: torch.Tensor, chosen: torch.Tensor)
     same, at_stake, precision = [], [], str(logits.dtype).removeprefix("torch.")
     for token in chosen.T:  # (B,)
         last = logits[:, -1].float()  # (B, V)
+        largest = last.abs().amax(dim=-1)
+        last[:, model.config.tgt_pad_id] = -torch.inf  # is not chosen
         best = last.max(dim=-1)
         same.append(token == best.indices)
         lost = best.values - last.gather(1, token[:, None])[:, 0]
-        at_stake.append(lost / last.abs().amax(dim=-1))
+        at_stake.append(lost / largest)
         logits, cache = model.step(token[:, None], cache)
     n = compare.roundings_of_a_step(model.config, cache.length, precision)
     worst, allowed = float(torch.stack(at_stake).max()), n * compare.eps(precision)
