@@ -5,9 +5,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from benchmarks.harness import ROOT, BenchmarkError, check_writable, is_installed
+from npformer import streams
 
 DESCRIPTION = """\
 Run every benchmark, one after the other, each in a process of its own, and save its result: the
@@ -57,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--only", metavar="NAMES", help=f"of {','.join(WHOLE)}")
     out = ROOT / "benchmarks" / "results"
     add("--out", type=Path, default=out, metavar="FOLDER", help="default benchmarks/results")
-    options = parser.parse_args(argv)
+    sys.exit(streams.program(parser, argv, partial(_run, parser)))
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     chosen = options.only.split(",") if options.only else list(QUICK if options.quick else WHOLE)
     for name in chosen:
         if name not in WHOLE:
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(options.out)
     except BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    sys.exit(1 if run_all(chosen, options) else 0)
+    return 1 if run_all(chosen, options) else 0
 
 
 def run_all(chosen: Sequence[str], options: argparse.Namespace) -> list[str]:

@@ -220,7 +220,7 @@ def first_answer(options: argparse.Namespace) -> Run:
         for name, words in commands.items():
             command = [sys.executable, "-m", "npformer", "pronounce", *words]
             start = time.perf_counter()
-            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
             seconds = time.perf_counter() - start
             if done.returncode:
                 raise BenchmarkError(f"{name}: {done.stderr.strip()}")

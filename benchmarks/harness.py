@@ -233,7 +233,7 @@ class Result:
         from npformer import storage
 
         try:
-            content = json.loads(storage.read(path))
+            content = json.loads(storage.read(path).decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise BenchmarkError(f"{path}: not a result file ({error})") from None
         schema = content.pop("schema", None) if isinstance(content, dict) else None
@@ -275,7 +275,7 @@ def environment(keeps_freed_memory: bool) -> dict[str, Any]:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -284,7 +284,7 @@ def _cpu_model() -> str:
 
 def _has_avx512() -> bool:
     try:
-        return "avx512f" in Path("/proc/cpuinfo").read_text()
+        return "avx512f" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
 
@@ -294,7 +294,8 @@ def git_commit() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
+        return done.stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -362,7 +363,21 @@ class Parser(argparse.ArgumentParser):
         draw: Callable[[list[Run]], str],
     ) -> None:
         """Parse, measure, save, print; what the user can put right is one line, exit code 2."""
-        options = self.parse_args(argv)
+        from npformer import streams  # here, as below
+
+        def run(options: argparse.Namespace) -> int:
+            self._run(options, measure_all, draw)
+            return 0
+
+        if code := streams.program(self, argv, run):
+            self.exit(code)
+
+    def _run(
+        self,
+        options: argparse.Namespace,
+        measure_all: Callable[[argparse.Namespace], list[Run]],
+        draw: Callable[[list[Run]], str],
+    ) -> None:
         if options.rounds is None:
             options.rounds = self.quick_rounds if options.quick else self.rounds
         try:

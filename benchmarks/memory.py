@@ -30,7 +30,7 @@ NPFORMER, TORCH = "npformer", "torch.nn.Transformer"
 def peak_bytes() -> int:
     """The most resident memory that this process ever had."""
     try:  # Linux: getrusage would also count what the parent held when it started us
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return next(int(x.split()[1]) << 10 for x in status.splitlines() if x.startswith("VmHWM"))
     except (OSError, StopIteration):
         import resource
@@ -64,7 +64,7 @@ def peaks(size: Size, mode: str, backend: str, options: argparse.Namespace) -> l
     variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     env = os.environ | dict.fromkeys(variables, str(options.threads))
     command = [sys.executable, "-m", "benchmarks.memory", "--case", json.dumps(case)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
     if done.returncode:
         last_line = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise BenchmarkError(f"{mode}, {backend}, {size.name}: {last_line}")

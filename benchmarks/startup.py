@@ -70,7 +70,7 @@ def seconds_of(name: str, threads: int) -> float:
     env = os.environ | dict.fromkeys(variables, str(threads))
     command = [sys.executable, "-c", SCRIPTS[name]]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, encoding="utf-8")
     seconds = time.perf_counter() - start
     if done.returncode:
         raise BenchmarkError(f"{name}: {done.stderr.strip().splitlines()[-1]}")

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import results as gpu_results
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
-from npformer import storage
+from npformer import storage, streams
 
 DESCRIPTION = """\
 Draw the tables of result files:
@@ -38,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE")
     parser.add_argument("--readme", action="store_true", help="tables of the README, and plots")
-    options = parser.parse_args(argv)
+    if code := streams.program(parser, argv, partial(_run, parser)):
+        parser.exit(code)
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     try:
         if options.readme:
             newest = newest_of(p for p in RESULTS.glob("*.json") if not p.stem.endswith("-gpu"))
-            text = fill(README.read_text(), newest, newest_gpu(RESULTS))
+            text = fill(README.read_text(encoding="utf-8"), newest, newest_gpu(RESULTS))
             storage.write(README, text.encode())
             from benchmarks import plots
 
@@ -54,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(draw(path), end="\n\n")
     except BenchmarkError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
+    return 0
 
 
 def draw(path: Path) -> str:

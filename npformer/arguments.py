@@ -89,7 +89,7 @@ def memory() -> float:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no container, or one without a limit
-            found.append(int(Path("/sys/fs/cgroup", file).read_text()))
+            found.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))
     with suppress(ImportError):  # Windows
         import resource
 

@@ -144,7 +144,7 @@ def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
 
 def _read_config(path: Path) -> TransformerConfig:
     with blame(path):
-        return TransformerConfig.from_json(storage.read(path).decode("utf-8"))
+        return TransformerConfig.from_json(storage.read(path).decode("utf-8-sig"))
 
 
 def check_folder(folder: str | Path) -> None:
@@ -214,6 +214,28 @@ def check_finite(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
                 f"{path}: {n:,} of the {x.size:,} numbers of {name} are NaN or infinite: training "
                 "that diverged leaves such weights, and so does a file that is damaged"
             )
+
+
+def fitting(expected: Mapping[str, np.ndarray], state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of `state` in the dtypes of the expected ones; nothing is written anywhere.
+
+    Raises ValueError unless it has exactly their names and shapes, and real numbers throughout.
+    """
+    found = {}
+    for name, value in state.items():
+        try:
+            found[name] = np.asarray(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged, or of a dtype of torch's
+            raise ValueError(f"the weights do not fit this model: {name}: {error}") from None
+    check_state({name: x.shape for name, x in expected.items()}, found)
+    for name, x in expected.items():
+        if not np.can_cast(found[name].dtype, x.dtype, "same_kind"):  # complex, text, objects
+            raise ValueError(
+                f"the weights do not fit this model: {name} is {found[name].dtype}, "
+                f"the model's is {x.dtype}"
+            )
+        found[name] = found[name].astype(x.dtype, copy=False)
+    return found
 
 
 # --- A file -----------------------------------------------------------------------------------
@@ -353,7 +375,7 @@ def load_json(path: str | Path) -> Any:
     with blame(path):
         data = storage.read(path)
         try:
-            return parse_json(data.decode("utf-8"))
+            return parse_json(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not JSON ({error})") from None
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import npformer
-from npformer import arguments, checkpoint, presets, runs, tasks, training
+from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
 from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
@@ -30,22 +30,8 @@ BEAMS, IDS = 100, 2**31 - 1  # at most so many of a search; and up to there a to
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all well;  1: the twins disagree;  2: bad input, said in one line."""
-    options = parser().parse_args(arguments)
-    if options.command is None:
-        parser().print_help()
-        return 0
-    try:
-        return options.run(options)
-    except BrokenPipeError:  # the reader (head, less) has gone
-        _mute()
-        return 0
-    except (ValueError, TypeError, OSError, MemoryError, MissingError) as error:
-        message = " ".join(str(error).split())
-        print(f"npformer {options.command}: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"npformer {options.command}: interrupted", file=sys.stderr)
-        return 130
+    refusals = (ValueError, TypeError, MemoryError, MissingError)
+    return streams.program(parser(), arguments, lambda options: options.run(options), *refusals)
 
 
 class MissingError(Exception):
@@ -57,9 +43,11 @@ def parser() -> argparse.ArgumentParser:
         prog="npformer",
         description="The Transformer in plain NumPy, every gradient written by hand, and its twin "
         "in PyTorch, proven equal.",
-        epilog="Start with: npformer demo",
+        epilog="Start with: npformer demo.  Exit code: 0 all is well; 1 something differs; 2 it "
+        "cannot be done, and a line on standard error says why.",
     )
     top.add_argument("--version", action="version", version=f"npformer {npformer.__version__}")
+    top.set_defaults(run=lambda _: top.print_help() or 0)
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -146,12 +134,21 @@ def parser() -> argparse.ArgumentParser:
     predict = commands.add_parser(
         "predict",
         help="the model's answer to each input",
-        description="One answer a line, for the inputs given or, without any, for each line of "
-        "standard input.  A bad input gives an empty line and a message; the exit code is then 2.",
+        description="What the model in DIR answers, a line for each input or, where none is given, "
+        "for each line of standard input.  A bad input gives an empty line, and a line on standard "
+        "error; all others are answered, and in the end the exit code is 2.",
     )
     predict.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    predict.add_argument("inputs", nargs="*", metavar="WORD", help="such as 312, or hypothesis")
-    predict.add_argument("--backend", choices=("numpy", "torch"), default="numpy")
+    predict.add_argument(
+        "inputs",
+        nargs="*",
+        type=streams.argument,
+        metavar="INPUT",
+        help="as the model's task has them: 312 of digits, hypothesis of g2p",
+    )
+    predict.add_argument(
+        "--backend", choices=("numpy", "torch"), default="numpy", help="which twin answers (numpy)"
+    )
     predict.set_defaults(run=run_predict)
 
     export = commands.add_parser(
@@ -174,13 +171,21 @@ def parser() -> argparse.ArgumentParser:
     pronounce = commands.add_parser(
         "pronounce",
         help="how English words are pronounced",
-        description="ARPAbet of each word given or, without any, of each line of standard input, "
-        "as it comes: from the CMU dictionary, or for words that it does not have from the model "
-        "in this package.  An input that is no word gives one line on standard error and nothing "
-        "else, and in the end exit code 1.",
+        description="The sounds of each word in ARPAbet (hello: HH AH L OW), or where none is "
+        "given of each line of standard input, as it comes: from the CMU dictionary, or for words "
+        "that it does not have from the model in this package.  Capitals, accents and punctuation "
+        "around a word make no difference; tomato(2) is the second way to say it.  An input that "
+        "is no word gives one line on standard error, all others are answered, and in the end the "
+        "exit code is 2.",
     )
     add = pronounce.add_argument
-    add("words", nargs="*", metavar="WORD")
+    add(
+        "words",
+        nargs="*",
+        type=streams.argument,
+        metavar="WORD",
+        help="such as hypothesis, or don't",
+    )
     add(
         "--nbest",
         type=whole_number(1, BEAMS),
@@ -197,10 +202,24 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
     add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
-    add("--stress", action="store_true", help="with stress: 1 primary, 2 secondary, 0 none")
-    add("--ipa", action="store_true", help="in the letters of the IPA")
+    add(
+        "--stress",
+        action="store_true",
+        help="with stress: 1 primary, 2 secondary, 0 none.  The dictionary has it; the model in "
+        "this package has not, and words that it would have to say are refused",
+    )
+    add(
+        "--ipa",
+        action="store_true",
+        help="in the letters of the IPA.  Of words from the model in this package, which knows no "
+        "stress, which vowels are ə or ɚ is a guess",
+    )
     add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
-    add("--json", action="store_true", help="print one JSON object a word and nothing else")
+    add(
+        "--json",
+        action="store_true",
+        help='print one JSON object a word and nothing else; one that is no word has an "error"',
+    )
     pronounce.set_defaults(run=run_pronounce)
 
     trace = commands.add_parser(
@@ -210,7 +229,9 @@ def parser() -> argparse.ArgumentParser:
         "named intermediate: name, shape, size of the numbers, where in the source it is made.",
     )
     trace.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    trace.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    trace.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
     trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
     trace.set_defaults(run=run_trace)
@@ -233,7 +254,9 @@ def parser() -> argparse.ArgumentParser:
         description="Draw who attends to whom while the model answers, tokens on the axes.",
     )
     attention.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    attention.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    attention.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     attention.add_argument("--out", default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
@@ -244,7 +267,9 @@ def parser() -> argparse.ArgumentParser:
         "tensor forward and backward as a heat map, with its formula and its line of source.",
     )
     explain.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    explain.add_argument("input", metavar="INPUT", help="such as 312, or hypothesis")
+    explain.add_argument(
+        "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
+    )
     explain.add_argument("--out", default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
@@ -550,12 +575,12 @@ def run_pronounce(options: argparse.Namespace) -> int:
     if options.words:
         chunks: Any = [options.words]
     else:
-        if sys.stdin.isatty():
-            print("A word a line; Ctrl-D ends.", file=sys.stderr)
-        chunks = pronunciation.arriving(sys.stdin.buffer)
+        _invite("A word a line")
+        chunks = streams.arriving()
     n, refused = 0, False
     for words in chunks:
-        for word, answer in zip(words, voice.answer(words, **wanted), strict=True):
+        answers = voice.answer(words, **wanted, ipa=options.ipa and not options.json)
+        for word, answer in zip(words, answers, strict=True):
             n += 1
             if isinstance(answer, ValueError):
                 refused = True
@@ -566,8 +591,8 @@ def run_pronounce(options: argparse.Namespace) -> int:
                 print(to_json(_as_json(answer), ensure_ascii=False))
             else:
                 _print_pronunciation(answer, options.ipa)
-        sys.stdout.flush()
-    return 1 if refused else 0
+        streams.flush()
+    return 2 if refused else 0
 
 
 def _print_pronunciation(answer: Any, ipa: bool) -> None:
@@ -702,10 +727,10 @@ def run_lesson(options: argparse.Namespace) -> int:
 
     if options.number is None:
         for path in lessons.files():
-            print(f"{int(path.name[:2]):3}  {lessons.title(path.read_text())}")
+            print(f"{int(path.name[:2]):3}  {lessons.title(path.read_text(encoding='utf-8'))}")
         print("\nnpformer lesson N prints one, npformer lesson N --run runs its code as well.")
         return 0
-    text = lessons.find(options.number).read_text()
+    text = lessons.find(options.number).read_text(encoding="utf-8")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     pieces = lessons.run(text) if options.live else lessons.split(text)
     seen = []
@@ -826,12 +851,20 @@ def _load(folder: str, verify: bool = False) -> tuple[Transformer, Task]:
 
 def _inputs(given: Sequence[str], task: Task) -> Iterator[tuple[str, list[int], str | None]]:
     """Each input with its ids, or with what is wrong with it."""
-    for i, raw in enumerate(given or sys.stdin.buffer, 1):
+    if not given:
+        _invite("An input a line")
+    lines = given or (line for chunk in streams.arriving() for line in chunk)
+    for i, text in enumerate(lines, 1):
         try:
-            text = raw if isinstance(raw, str) else raw.decode("utf-8").rstrip("\r\n")
             yield text, task.parse(text), None
         except ValueError as error:
-            yield str(raw), [], f"input {i}: {error}"
+            yield text, [], f"input {i}: {error}"
+
+
+def _invite(what: str) -> None:
+    """For whoever sits before a terminal that waits."""
+    if sys.stdin.isatty():
+        print(f"{what}; Ctrl-D ends.", file=sys.stderr)
 
 
 def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
@@ -884,13 +917,9 @@ def _say(text: str) -> None:
     """Print what a long work has to say; it goes on where nobody listens any more (`| head -1`)."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        _mute()
+    except OSError:
+        streams.forget_output()
         print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
-
-
-def _mute() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # --- Progress ---------------------------------------------------------------------------------

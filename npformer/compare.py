@@ -13,7 +13,7 @@ n * eps * magnitude, where the magnitude is what the numbers would have been wit
 NumPy only; nothing else of ours is imported, and the arrays may come from anywhere.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -342,8 +342,9 @@ def compare_tensors(
     return rows
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: Iterable[Row]) -> str:
     """The rows as text, the first that is out marked, and its report below."""
+    rows = list(rows)
     width = max([len("tensor"), *(len(row.name) for row in rows)])
     lines = [f"  {'tensor':<{width}}  {'max error':>9}  {'scale':>9}  {'error/bound':>11}"]
     first = next((row for row in rows if not row.ok), None)

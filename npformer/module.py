@@ -20,16 +20,81 @@ from npformer.ops import Array, Forward
 class Parameter:
     """A learned array and the gradient accumulated for it: torch's p.data and p.grad.
 
-    Both are only ever written *into* (`p.data[...] =`, `p.grad +=`), never replaced: an optimizer
-    may have made them views of one long buffer.
+    Both may be written into (`p.grad += x`) or replaced (`p.grad = x`).  What replaces them is
+    copied, so that no array has two owners; it has the same shape, and a gradient is converted to
+    the dtype of its data.  An optimizer makes both views of one long buffer: take them from the
+    parameter each time.
     """
 
     def __init__(self, data: Array):
-        self.data = data
-        self.grad = np.zeros(data.shape, data.dtype)
+        if not isinstance(data, np.ndarray) or not np.issubdtype(data.dtype, np.floating):
+            kind = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
+            raise TypeError(f"Parameter: data must be an array of floats, got {kind}")
+        self._data = data
+        self._grad = np.zeros(data.shape, data.dtype)
+
+    @property
+    def data(self) -> Array:
+        return self._data
+
+    @data.setter
+    def data(self, value: Array) -> None:
+        if value is not self._data:  # `p.data += x` ends in `p.data = p.data`
+            _check_replacement("data", value, self._data)
+            if value.dtype != self._data.dtype:
+                raise TypeError(
+                    f"Parameter.data is {self._data.dtype}, got {value.dtype}: "
+                    "p.data[...] = x converts x, a model of another dtype is made with dtype="
+                )
+            self._data = value.copy()
+
+    @property
+    def grad(self) -> Array:
+        return self._grad
+
+    @grad.setter
+    def grad(self, value: Array) -> None:
+        if value is not self._grad:
+            _check_replacement("grad", value, self._data)
+            self._grad = value.astype(self._data.dtype)  # a copy
+
+    def bind(self, data: Array, grad: Array) -> None:
+        """Have these arrays themselves, not copies: for an optimizer, whose views they are."""
+        self._data, self._grad = data, grad
+
+    def view(self) -> "Parameter":
+        """The same data, whatever array that will be, and a gradient of its own."""
+        return _View(self)
 
     def __repr__(self) -> str:
         return f"Parameter{self.data.shape}, {self.data.dtype}"
+
+
+class _View(Parameter):
+    """Another parameter's data.  An optimizer may pack that one later, so the array is not kept."""
+
+    def __init__(self, of: Parameter):
+        self.of = of
+        self._grad = np.zeros(of.data.shape, of.data.dtype)
+
+    @property
+    def _data(self) -> Array:
+        return self.of._data
+
+    @_data.setter
+    def _data(self, value: Array) -> None:
+        self.of._data = value
+
+
+def _check_replacement(name: str, value: Any, data: Array) -> None:
+    if not isinstance(value, np.ndarray) or value.shape != data.shape:
+        got = f"shape {value.shape}" if isinstance(value, np.ndarray) else repr(value)
+        raise ValueError(
+            f"Parameter.{name} must be an array of shape {data.shape}, got {got}; "
+            f"p.{name}[...] = x fills it, and zero_grad() is how a gradient is forgotten"
+        )
+    if not np.can_cast(value.dtype, data.dtype, "same_kind"):
+        raise TypeError(f"Parameter.{name} is {data.dtype}, got {value.dtype}")
 
 
 class Module:
@@ -48,15 +113,29 @@ class Module:
         return y, (backward if _recording.get() else _no_backward)
 
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
-        """Yield ("self_attn.q_proj.weight", parameter), ...: the keys of the torch twin."""
+        """Yield ("self_attn.q_proj.weight", parameter), ...: the keys of the torch twin.
+
+        Parts may stand in lists, tuples and dicts: "layers.0.weight", "heads.sum.weight".  A
+        parameter that is used in two places comes once, under its first name.
+        """
+        seen = set()
+        for name, parameter in self._names(prefix):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter
+
+    def _names(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """As named_parameters, but by every name that a parameter has."""
+        for name, part in self.named_parts():
+            if isinstance(part, Parameter):
+                yield prefix + name, part
+            else:
+                yield from part._names(f"{prefix}{name}.")
+
+    def named_parts(self) -> "Iterator[tuple[str, Parameter | Module]]":
+        """What hangs on this module itself: ("norm1", module), ("layers.0", module), ..."""
         for name, value in vars(self).items():
-            if isinstance(value, Parameter):
-                yield prefix + name, value
-            elif isinstance(value, Module):
-                yield from value.named_parameters(f"{prefix}{name}.")
-            elif isinstance(value, list):
-                for i, layer in enumerate(value):
-                    yield from layer.named_parameters(f"{prefix}{name}.{i}.")
+            yield from _parts(value, name)
 
     def parameters(self) -> list[Parameter]:
         return [parameter for _, parameter in self.named_parameters()]
@@ -67,34 +146,59 @@ class Module:
 
     def view(self) -> Self:
         """This module once more: the same weights, but gradients of its own, for another thread."""
-
-        def view(value: Any) -> Any:
-            if isinstance(value, Parameter):
-                return Parameter(value.data)
-            if isinstance(value, Module):
-                return value.view()
-            return [view(item) for item in value] if isinstance(value, list) else value
-
-        other = copy.copy(self)
-        vars(other).update({name: view(value) for name, value in vars(self).items()})
-        return other
+        self.parameters()  # raises for parts that have no name
+        return _again(self, {})
 
     def state_dict(self) -> dict[str, Array]:
-        """A copy of every parameter, by name."""
-        return {name: parameter.data.copy() for name, parameter in self.named_parameters()}
+        """A copy of every parameter, by name: by each of its names, as torch has it."""
+        return {name: parameter.data.copy() for name, parameter in self._names()}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy `state` into the parameters; all or nothing.
 
-        Raises ValueError if a name is missing or unknown, or a shape differs; values are
-        converted to the dtype of the parameters.
+        Raises ValueError if a name is missing or unknown, a shape differs or a value is no real
+        number; values are converted to the dtype of the parameters.
         """
-        from npformer.checkpoint import check_state  # not needed to import, only to load
+        from npformer.checkpoint import fitting  # not needed to import, only to load
 
-        parameters = dict(self.named_parameters())
-        check_state({name: p.data.shape for name, p in parameters.items()}, state)
+        parameters = dict(self._names())
+        arrays = fitting({name: p.data for name, p in parameters.items()}, state)
         for name, parameter in parameters.items():
-            parameter.data[...] = state[name]
+            parameter.data[...] = arrays[name]
+
+
+def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The Parameters and Modules in an attribute and in its lists, tuples and dicts."""
+    if isinstance(value, Parameter | Module):
+        yield name, value
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _parts(item, f"{name}.{i}")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            for full_name, part in _parts(item, f"{name}.{key}"):
+                if not isinstance(key, str) or "." in key:
+                    raise ValueError(f"{name}: the key {key!r} must be a string without a dot")
+                yield full_name, part
+    elif isinstance(value, set | frozenset) and any(True for _ in _parts([*value], name)):
+        raise ValueError(f"{name}: a set has no order to name its parts by; use a list or a dict")
+
+
+def _again(value: Any, made: dict[int, Any]) -> Any:
+    """A copy with views for parameters; what is used in two places stays one, by `made`."""
+    if isinstance(value, Parameter):
+        return made.setdefault(id(value), value.view())
+    if isinstance(value, Module) and id(value) not in made:
+        made[id(value)] = other = copy.copy(value)
+        vars(other).update({name: _again(part, made) for name, part in vars(value).items()})
+    if isinstance(value, Module):
+        return made[id(value)]
+    if not any(True for _ in _parts(value, "")):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _again(item, made) for key, item in value.items()}
+    make = list if isinstance(value, list) else getattr(value, "_make", tuple)  # or a named tuple
+    return make(_again(item, made) for item in value)
 
 
 _recording = ContextVar("recording", default=True)

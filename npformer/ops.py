@@ -177,7 +177,7 @@ def embedding(ids: Array, weight: Array, padding_idx: int | None = None) -> Forw
 def softmax(x: Array, mask: Mask = None) -> Forward:
     """y = exp(x) / Σ exp(x) over the last axis, counting only the entries where `mask` is True.
 
-    x (..., S)   mask broadcastable to x   ->   y (..., S)
+    x (..., S)   mask broadcastable to x, by NumPy's rules   ->   y (..., S)
 
     Masked entries are exactly 0.  A row with nothing left to attend to is all 0, and so is its
     gradient: never NaN, and never the uniform row that a -1e9 fill gives.
@@ -277,6 +277,9 @@ def attention(
     q (..., T, D)   k (..., S, D)   v (..., S, E)   mask -> (..., T, S)   ->   y (..., T, E)
 
     Not in eq. 1: the mask (§ 3.2.3), and dropout of the weights, which torch has as well.
+
+    A mask broadcasts by NumPy's rules, from the right, whatever the leading axes mean: with q
+    (B, H, T, D), one of (B, T, S) is taken for (H, T, S) where B == H.  The modules refuse it.
     """
     _check_values(k, v)
     weights, backward_weights = attention_weights(q, k, mask)  # (..., T, S)

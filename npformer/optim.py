@@ -9,16 +9,20 @@
 
 An optimizer packs its parameters into one long buffer and makes every `data` and `grad` a view of
 it.  A step is then a handful of array operations on slices that fit the cache, whether the model
-has ten parameters or a thousand.
+has ten parameters or a thousand.  A `data` or `grad` that was replaced since is packed anew, at the
+next step or zero_grad: what a parameter has is what counts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from npformer.module import Parameter
 from npformer.ops import Array
+from npformer.options import integer, not_negative, pair_of_betas, real
 from npformer.schedules import Schedule, constant, cosine, inverse_sqrt, noam
 
 __all__ = [
@@ -44,18 +48,18 @@ class Optimizer:
     buffers: tuple[str, ...] = ()  # what a subclass remembers of each element, by name
     update: Callable[..., None]  # (data, grad, rate, **buffers): all (n,); writes all but grad
 
-    def __init__(self, parameters: Sequence[Parameter], rate: float | Schedule):
+    def __init__(self, parameters: Iterable[Parameter], rate: float | Schedule):
         self.rate = rate if callable(rate) else constant(rate)
         self.steps = 0
         self.parameters = list(parameters)
         self.data, self.grad = pack(self.parameters)
+        self.views = [(p.data, p.grad) for p in self.parameters]
         self.state = {name: np.zeros_like(self.data) for name in self.buffers}
 
     def step(self) -> None:
-        if any(p.data.base is not self.data for p in self.parameters):
-            raise RuntimeError("another optimizer has packed these parameters since; use one")
+        self.pack_again()
+        rate = not_negative("rate", self.rate(self.steps + 1))
         self.steps += 1
-        rate = self.rate(self.steps)
         for i in range(0, len(self.data), CHUNK):
             part = slice(i, i + CHUNK)
             state = {name: array[part] for name, array in self.state.items()}
@@ -63,22 +67,36 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """As module.zero_grad(), but in one go over the packed gradients."""
+        self.pack_again()
         self.grad[...] = 0
+
+    def pack_again(self) -> None:
+        """Where a parameter has other arrays than our views: its own, or another optimizer's."""
+        for p, (data, grad) in zip(self.parameters, self.views, strict=True):
+            if p.data is not data or p.grad is not grad:
+                self.data, self.grad = pack(self.parameters)
+                self.views = [(p.data, p.grad) for p in self.parameters]
+                return
 
     def state_dict(self) -> dict[str, Array]:
         return {"steps": np.array(self.steps), **{k: x.copy() for k, x in self.state.items()}}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Raises ValueError where the state is another optimizer's or another model's."""
+        """All or nothing.  Raises ValueError where the state is not this optimizer's."""
         expected = {"steps": (), **{name: x.shape for name, x in self.state.items()}}
         if {name: np.shape(x) for name, x in state.items()} != expected:
             raise ValueError("the optimizer state belongs to another optimizer or another model")
-        self.steps = int(state["steps"])
+        steps = integer("the optimizer state's steps", state["steps"], 0)
+        arrays = {name: np.asarray(state[name]) for name in self.state}
+        for name, x in arrays.items():
+            if not np.can_cast(x.dtype, self.data.dtype, "same_kind"):
+                raise ValueError(f"the optimizer state's {name} is {x.dtype}")
+        self.steps = steps
         for name, array in self.state.items():
-            array[...] = state[name]
+            array[...] = arrays[name]
 
 
-def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
+def pack(parameters: list[Parameter]) -> tuple[Array, Array]:
     """Move all data into one buffer and all gradients into another, each parameter a view of them.
 
     Parameters that are packed already, in this order, stay where they are.
@@ -89,26 +107,34 @@ def pack(parameters: Sequence[Parameter]) -> tuple[Array, Array]:
         raise ValueError("an optimizer moves each parameter once, and one is given twice")
     if len(dtypes := {p.data.dtype.name for p in parameters}) > 1:
         raise TypeError(f"parameters of mixed dtypes ({', '.join(sorted(dtypes))})")
-    n = sum(p.data.size for p in parameters)
-    data, grad = parameters[0].data.base, parameters[0].grad.base
-    if data is not None and grad is not None and data.shape == (n,):
-        ends = np.cumsum([p.data.nbytes for p in parameters]).tolist()
-        starts = [p.data.ctypes.data - data.ctypes.data for p in parameters]
-        if all(p.data.base is data for p in parameters) and starts == [0, *ends[:-1]]:
-            return data, grad
-    data = np.empty(n, parameters[0].data.dtype)
-    grad = np.empty_like(data)
-    for p, part in zip(parameters, _parts(parameters), strict=True):
-        data[part], grad[part] = p.data.reshape(-1), p.grad.reshape(-1)
-        p.data, p.grad = data[part].reshape(p.data.shape), grad[part].reshape(p.grad.shape)
+    ends = sorted(byte_bounds(p.data) for p in parameters if p.data.size)
+    if any(start < end for (_, end), (start, _) in pairwise(ends)):
+        raise ValueError(
+            "two parameters share an array; to tie them, use one Parameter in both places"
+        )
+    datas, grads = [p.data for p in parameters], [p.grad for p in parameters]
+    data, grad = datas[0].base, grads[0].base
+    if data is not None and grad is not None and _fill(datas, data) and _fill(grads, grad):
+        return data, grad
+    data, grad = (np.concatenate([x.reshape(-1) for x in arrays]) for arrays in (datas, grads))
+    start = 0
+    for p in parameters:
+        part, shape = slice(start, start + p.data.size), p.data.shape
+        p.bind(data[part].reshape(shape), grad[part].reshape(shape))
+        start = part.stop
     return data, grad
 
 
-def _parts(parameters: Sequence[Parameter]) -> Iterator[slice]:
-    start = 0
-    for p in parameters:
-        yield slice(start, start + p.data.size)
-        start += p.data.size
+def _fill(arrays: list[Array], buffer: Array) -> bool:
+    """They are views of the buffer, one behind the other, and all of it."""
+    if buffer.shape != (sum(x.size for x in arrays),):
+        return False
+    end = buffer.ctypes.data
+    for x in arrays:
+        if x.base is not buffer or x.ctypes.data != end:
+            return False
+        end += x.nbytes
+    return True
 
 
 class SGD(Optimizer):
@@ -118,13 +144,14 @@ class SGD(Optimizer):
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Iterable[Parameter],
         rate: float | Schedule = 1e-3,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
     ):
         super().__init__(parameters, rate)
-        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momentum = not_negative("momentum", momentum)
+        self.weight_decay = not_negative("weight_decay", weight_decay)
 
     def update(self, data, grad, rate, velocity):
         if self.weight_decay:
@@ -147,14 +174,15 @@ class Adam(Optimizer):
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Iterable[Parameter],
         rate: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
         super().__init__(parameters, rate)
-        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.betas, self.eps = pair_of_betas(betas), not_negative("eps", eps)
+        self.weight_decay = not_negative("weight_decay", weight_decay)
 
     def update(self, data, grad, rate, m, v):
         beta1, beta2 = self.betas
@@ -189,7 +217,7 @@ class AdamW(Adam):
 
     def __init__(
         self,
-        parameters: Sequence[Parameter],
+        parameters: Iterable[Parameter],
         rate: float | Schedule = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -198,14 +226,17 @@ class AdamW(Adam):
         super().__init__(parameters, rate, betas, eps, weight_decay)
 
 
-def clip_grad_norm(parameters: Sequence[Parameter], max_norm: float) -> float:
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients to a common L2 norm of at most `max_norm`; return the norm before.
 
     As torch's clip_grad_norm_: the factor is min(1, max_norm / (norm + 1e-6)).
     """
-    norm = math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in parameters))
+    if not (max_norm := real("max_norm", max_norm)) >= 0:  # infinity: only measure
+        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    gradients = [p.grad for p in dict.fromkeys(parameters)]  # each once, should one come twice
+    norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in gradients))
     factor = max_norm / (norm + 1e-6)
     if not factor >= 1:  # NaN as well, which goes to all of them
-        for p in parameters:
-            p.grad *= factor
+        for grad in gradients:
+            grad *= factor
     return norm

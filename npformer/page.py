@@ -42,10 +42,11 @@ def write_page(
 
     Raises CheckpointError if the file cannot be written.
     """
+    src, tgt, source, target = list(src), list(tgt), list(source), list(target)
     blocks: dict[str, int] = {}  # the values, each once: many a tensor is another under a new name
     content = {
         "about": about,
-        "tokens": {"source": list(source), "target": list(target)},
+        "tokens": {"source": source, "target": target},
         "masks": _masks(src, tgt, source, target, pad_ids),
         "reasons": _reasons(src, tgt, pad_ids),
         "meanings": {mark: MEANINGS[name] for name, mark in MARKS.items()},

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from npformer.ops import Array, Rng
+from npformer.options import integer
 from npformer.transformer import Transformer
 
 # (model, src, tgt, rng) -> loss: adds to the model's gradients; its loss is a share of the batch's
@@ -28,6 +29,7 @@ class BatchThreads:
     """
 
     def __init__(self, model: Transformer, threads: int, rng: Rng):
+        threads = integer("threads", threads, 1)
         self.blas = _blas_controller()
         self.models = [model, *(model.view() for _ in range(threads - 1))]
         self.rngs: list[Any] = rng.spawn(threads)

@@ -110,7 +110,7 @@ def read(file: str | Path) -> Settings:
     with blame(file):
         data = storage.read(file, LARGEST)
         try:
-            values = tomllib.loads(data.decode("utf-8"))
+            values = tomllib.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{file}: not TOML ({error})") from None
     for part, table in values.items():

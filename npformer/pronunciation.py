@@ -6,12 +6,11 @@ The model has learned from the CMU Pronouncing Dictionary (tasks/g2p.py) and lie
 with a certificate of where it is from and what it can do.  NumPy runs it.
 """
 
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -19,12 +18,14 @@ from npformer.decoding import beam_search, greedy
 from npformer.ops import Array
 from npformer.tasks import EOS, SOS, g2p, pad
 from npformer.tasks.ipa import to_ipa
+from npformer.tasks.spelling import named, plain, spell, variant
+from npformer.tasks.task import shown
 from npformer.transformer import Transformer
 
 SHIPPED = Path(__file__).parent / "weights" / "g2p"
 N_TOGETHER = 256  # words that are decoded as one batch
 N_ROWS = 640  # hypotheses of all of them: their keys and values take 400 MB at the most
-LONGEST_LINE = 4096  # bytes; what follows is not even looked at
+Way = tuple[Sequence[str], float | None]  # phones with all stress that is known, and their score
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,20 @@ class Pronunciation:
     source: str  # "dictionary" or "model"
     score: float | None = None  # the model's log-probability per phone; greedy has none
     others: tuple["Pronunciation", ...] = ()  # the next best
+    spoken: tuple[str, ...] = field(default=(), repr=False)  # phones with all stress there is
 
     def __str__(self) -> str:
         return " ".join(self.phones)
 
     @property
     def ipa(self) -> str:
-        return to_ipa(self.phones)
+        """With the marks of stress where `phones` have it.
+
+        Stress says which vowel it is as well: AH1 is ʌ and AH0 ə, ER1 ɝ and ER0 ɚ.  The dictionary
+        has it always; the model that ships has not, and there the likelier one stands.
+        """
+        spoken = self.spoken or self.phones
+        return to_ipa(spoken, marks=spoken == self.phones)
 
 
 class Alignment(NamedTuple):
@@ -61,28 +69,39 @@ def pronounce(
     model: bool = False,
     stress: bool = False,
     weights: str | Path | None = None,
-) -> list[Pronunciation]:
-    """A pronunciation of each word, in their order.
+    errors: Literal["raise", "return"] = "raise",
+) -> list[Any]:
+    """A Pronunciation of each word, in their order.
 
     nbest     so many ways to say it at most: `.others` has all but the first
     beam      of the search that the model does; 1 is greedy, two to three times as fast
     model     ask the model even where the dictionary knows the word
     stress    with stress digits: 1 primary, 2 secondary, 0 none
     weights   a folder of `npformer train g2p` instead of the model that the package brings
+    errors    "return": a word that is refused has its ValueError in the place of the answer
 
-    Raises ValueError, naming the word, for one that is not of letters (accents are dropped) and
-    apostrophes or is longer than 40, and where stress is asked for and not known.
+    Capitals, accents and the punctuation around a word make no difference, and "tomato(2)" is the
+    dictionary's second way to say tomato.  A word that the dictionary does not have is of letters
+    and apostrophes, at most 40.
+
+    Raises ValueError, before anything is computed, which names the first word that is none or
+    whose stress is asked for and not known.
     """
+    if errors not in ("raise", "return"):
+        raise ValueError(f'errors must be "raise" or "return", got {errors!r}')
+    if isinstance(words, bytes) or not isinstance(words, Iterable):
+        raise TypeError(f"words must be a word or several, got {words!r}: bytes need .decode()")
     words = [words] if isinstance(words, str) else list(words)
     voice = shipped() if weights is None else Pronouncer.load(weights)
-    answers = []
-    for i in range(0, len(words), N_TOGETHER):
-        asked = words[i : i + N_TOGETHER]
-        answers += voice.answer(asked, nbest=nbest, beam=beam, model=model, stress=stress)
-    for answer in answers:
-        if isinstance(answer, ValueError):
-            raise answer
-    return answers
+    options = {"nbest": nbest, "beam": beam, "model": model, "stress": stress}
+    return voice.answer(words, **options, errors=errors)
+
+
+class _Asked(NamedTuple):
+    """What is known of a word before the model is asked."""
+
+    listed: list[list[str]]  # the ways to say it by the dictionary
+    letters: list[int]  # ids, for the model, where there are none
 
 
 class Pronouncer:
@@ -106,37 +125,77 @@ class Pronouncer:
         return cls(model, g2p.make(task))
 
     def answer(
-        self, words: Sequence[str], *, nbest: int, beam: int, model: bool, stress: bool
+        self,
+        words: Sequence[str],
+        *,
+        nbest: int,
+        beam: int,
+        model: bool,
+        stress: bool,
+        ipa: bool = False,
+        errors: str = "return",
     ) -> list[Any]:
-        """For each word its Pronunciation, or the ValueError that says why there is none."""
-        if nbest < 1 or beam < 1:
-            raise ValueError(f"nbest and beam must be at least 1, got {nbest} and {beam}")
-        answers: list[Any] = [None] * len(words)
-        unknown: list[tuple[int, list[int]]] = []  # where, and the letters' ids
-        for i, word in enumerate(words):
-            try:
-                spelled = plain(word)
-                ids = self.task.parse(spelled)
-                known = [] if model else g2p.look_up(spelled)
-                if known:
-                    ways = [(way, None) for way in _distinct(known, stress)]
-                    answers[i] = _best(word, ways[:nbest], "dictionary")
-                elif stress and not self.task.stress:
-                    raise ValueError(
-                        f"{g2p.shown(word)}: the model knows no stress, only the dictionary does; "
-                        "npformer train g2p-stress makes one that does"
-                    )
-                else:
-                    unknown.append((i, ids))
-            except ValueError as error:
-                answers[i] = error
-        if unknown:
-            found = self._decode([ids for _, ids in unknown], nbest, beam)
-            for (i, _), hypotheses in zip(unknown, found, strict=True):
-                ways = _distinct([way for way, _ in hypotheses], stress)
-                scores = {_without(way, stress): score for way, score in reversed(hypotheses)}
-                answers[i] = _best(words[i], [(way, scores[way]) for way in ways], "model")
+        """For each word its Pronunciation, or the ValueError that says why there is none.
+
+        ipa      ways are different where their IPA is, even if the phones without stress are not
+        errors   "raise": the first error is raised, before the model is asked
+        """
+        if not all(isinstance(n, int | np.integer) and n >= 1 for n in (nbest, beam)):
+            raise ValueError(f"nbest and beam must be at least 1, got {nbest!r} and {beam!r}")
+        asked = [self._ask(word, model, stress) for word in words]
+        refused = [each for each in asked if isinstance(each, ValueError)]
+        if refused and errors == "raise":
+            others = f" (and {len(refused) - 1} more are refused)" if len(refused) > 1 else ""
+            raise ValueError(f"{refused[0]}{others}")
+
+        def answer_of(i: int, ways: Iterable[Way], source: str) -> Pronunciation:
+            different: dict[Any, Pronunciation] = {}
+            for spoken, score in ways:
+                phones = tuple(spoken if stress else (p.rstrip("012") for p in spoken))
+                way = Pronunciation(words[i], phones, source, score, (), tuple(spoken))
+                different.setdefault(way.ipa if ipa else phones, way)
+            first, *others = list(different.values())[:nbest]
+            return replace(first, others=tuple(others)) if others else first
+
+        answers: list[Any] = list(asked)
+        for i, each in enumerate(asked):
+            if isinstance(each, _Asked) and each.listed:
+                answers[i] = answer_of(i, ((way, None) for way in each.listed), "dictionary")
+        unknown = [(i, each.letters) for i, each in enumerate(asked) if isinstance(each, _Asked)]
+        unknown = [(i, letters) for i, letters in unknown if letters]
+        for start in range(0, len(unknown), N_TOGETHER):
+            part = unknown[start : start + N_TOGETHER]
+            found = self._decode([letters for _, letters in part], nbest, beam)
+            for (i, _), ways in zip(part, found, strict=True):
+                answers[i] = answer_of(i, ways, "model")
         return answers
+
+    def _ask(self, word: str, model: bool, stress: bool) -> "_Asked | ValueError":
+        try:
+            if not isinstance(word, str):
+                raise ValueError(f"{word!r} is no word, its type is {type(word).__name__}")
+            if not model and (listed := look_up(word)):
+                return _Asked(listed, [])
+            letters = self._letters(word)
+            if stress and not self.task.stress:
+                raise ValueError(
+                    f"{shown(word)}: the model knows no stress, only the dictionary does; "
+                    "npformer train g2p-stress makes one that does"
+                )
+            return _Asked([], letters)
+        except ValueError as error:
+            return error
+
+    def _letters(self, word: str) -> list[int]:
+        """The ids of a word for the model.  Raises ValueError, naming it."""
+        spelling = spell(word)
+        if spelling.odd:
+            several = "; several words are given one by one" if spelling.odd.isspace() else ""
+            raise ValueError(
+                f"{shown(word)} has {named(spelling.odd)}: a word that is not in the dictionary is "
+                f"letters a-z and apostrophes{several}"
+            )
+        return self.task.spelled(spelling.word, word)
 
     def _decode(self, sources: list[list[int]], nbest: int, beam: int) -> list[list]:
         """Of each word the phones and their score, best first."""
@@ -154,12 +213,13 @@ class Pronouncer:
 
     def align(self, word: str) -> Alignment:
         """Where the model looks while it says the word, by greedy decoding."""
-        src = np.array([self.task.parse(plain(word))])  # (1, S)
+        ids = self._letters(word)
+        src = np.array([ids])  # (1, S)
         options: dict[str, Any] = {"max_len": self.task.max_tgt_len, "sos_id": SOS, "eos_id": EOS}
         (answer,) = greedy(self.model, src, **options)
         seen = cross_attention(self.model, src, np.array([[SOS, *answer]]))  # (L, H, T, S)
         phones = [*self.task.tgt_vocabulary.decode(answer), "end"]
-        return Alignment(list(plain(word)), phones, seen.mean(axis=(0, 1)))
+        return Alignment(self.task.src_vocabulary.decode(ids), phones, seen.mean(axis=(0, 1)))
 
 
 @cache
@@ -177,40 +237,18 @@ def cross_attention(model: Transformer, src: Array, tgt: Array) -> Array:
     return np.stack([seen[f"decoder.layers.{i}.cross_attn.weights"].value[0] for i in layers])
 
 
-def plain(word: str) -> str:
-    """Lower case, without accents, and with the straight apostrophe."""
-    letters = unicodedata.normalize("NFKD", word.strip().replace("’", "'")).casefold()
-    return "".join(c for c in letters if not unicodedata.combining(c))
+def look_up(word: str) -> list[list[str]]:
+    """Every pronunciation that the dictionary has of a word as it was typed, with stress digits.
 
-
-def arriving(stream: BinaryIO) -> Iterator[list[str]]:
-    """The lines of a stream as they come, up to N_TOGETHER at once: none waits for another.
-
-    Of a line longer than LONGEST_LINE only the beginning is kept, so memory is bounded.
+    As it stands, or else without the punctuation around it.  Raises ValueError for one that is
+    nothing but punctuation, and for the third way to say a word that has two.
     """
-    pending = b""
-    while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
-        *lines, pending = (pending + chunk).split(b"\n")
-        pending = pending[:LONGEST_LINE]
-        for i in range(0, len(lines), N_TOGETHER):
-            yield [_text(line) for line in lines[i : i + N_TOGETHER]]
-    if pending:
-        yield [_text(pending)]
-
-
-def _text(line: bytes) -> str:
-    # What is not UTF-8 becomes U+FFFD, which is no letter: refused as any other
-    return line[:LONGEST_LINE].decode("utf-8", errors="replace").rstrip("\r")
-
-
-def _without(phones: Sequence[str], stress: bool) -> tuple[str, ...]:
-    return tuple(phones if stress else (phone.rstrip("012") for phone in phones))
-
-
-def _distinct(ways: Iterable[Sequence[str]], stress: bool) -> list[tuple[str, ...]]:
-    return list(dict.fromkeys(_without(way, stress) for way in ways))
-
-
-def _best(word: str, ways: Sequence[tuple[tuple[str, ...], float | None]], source: str):
-    first, *others = (Pronunciation(word, way, source, score) for way, score in ways)
-    return Pronunciation(word, first.phones, source, first.score, tuple(others))
+    if ways := g2p.look_up(plain(word)):
+        return ways
+    spelled, n = variant(word)
+    if n == 0:
+        return next(filter(None, map(g2p.look_up, spell(word).ways)), [])
+    ways = g2p.look_up(spelled)
+    if 0 < len(ways) < n:
+        raise ValueError(f"{shown(word)}: the ways to say {spelled} are {len(ways)}")
+    return ways[n - 1 : n]

@@ -9,17 +9,21 @@ Rates are in units of the parameter per unit of (normalised) gradient, as the op
 import math
 from collections.abc import Callable
 
+from npformer.options import integer, not_negative
+
 Schedule = Callable[[int], float]
 
 
 def constant(rate: float) -> Schedule:
     """The same rate at every step."""
+    rate = not_negative("rate", rate)
     return lambda step: rate
 
 
 def noam(d_model: int, warmup: int, factor: float = 1.0) -> Schedule:
     """factor · C^-½ · min(step^-½, step · warmup^-3/2)   [Vaswani et al. 2017, eq. 3]."""
-    _check(warmup)
+    d_model, warmup = integer("d_model", d_model, 1), integer("warmup", warmup, 1)
+    factor = not_negative("factor", factor)
     return lambda step: factor * d_model**-0.5 * min(step**-0.5, step * warmup**-1.5)
 
 
@@ -28,7 +32,7 @@ def inverse_sqrt(peak: float, warmup: int) -> Schedule:
 
     noam with its peak named instead of derived from the model width.
     """
-    _check(warmup)
+    peak, warmup = not_negative("peak", peak), integer("warmup", warmup, 1)
     return lambda step: peak * min(step / warmup, math.sqrt(warmup / step))
 
 
@@ -37,7 +41,8 @@ def cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule
 
     [Loshchilov and Hutter 2017, eq. 5, one period].  Steps after `total` stay at `floor`.
     """
-    _check(warmup)
+    peak, floor = not_negative("peak", peak), not_negative("floor", floor)
+    warmup, total = integer("warmup", warmup, 1), integer("total", total, 1)
 
     def rate(step: int) -> float:
         if step <= warmup:
@@ -46,8 +51,3 @@ def cosine(peak: float, warmup: int, total: int, floor: float = 0.0) -> Schedule
         return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return rate
-
-
-def _check(warmup: int) -> None:
-    if warmup < 1:
-        raise ValueError(f"warmup must be at least 1 step, got {warmup}")

@@ -209,14 +209,24 @@ class Watcher:
         return np.array(value) if isinstance(value, np.ndarray | np.floating) else None
 
     def __enter__(self) -> "Watcher":
-        self.before = sys.getprofile()
+        # Python has one profiling hook.  Who holds it already is told all that happens; cProfile
+        # (until Python 3.11) is no function that could be told: it pauses while we look
+        self.before: Any = sys.getprofile()
+        self.tell = self.before if callable(self.before) else None
+        if self.before and not self.tell and not hasattr(self.before, "enable"):
+            raise ValueError(f"trace: {self.before!r} is profiling and cannot be paused: stop it")
         sys.setprofile(self.hook)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.setprofile(self.before)
+        if hasattr(self.before, "enable"):
+            self.before.enable()
+        else:
+            sys.setprofile(self.before)
 
-    def hook(self, frame: FrameType, event: str, _: Any) -> None:
+    def hook(self, frame: FrameType, event: str, argument: Any) -> None:
+        if self.tell:
+            self.tell(frame, event, argument)
         if frame.f_code not in self.codes:
             return
         if event == "call":
@@ -287,12 +297,9 @@ class Watcher:
 
 def _paths(module: Module, prefix: str = "") -> Iterator[tuple[int, str]]:
     yield id(module), prefix.rstrip(".")
-    for name, value in vars(module).items():
-        parts = value if isinstance(value, list) else [value]
-        for i, part in enumerate(parts):
-            if isinstance(part, Module):
-                inner = f"{prefix}{name}.{i}." if isinstance(value, list) else f"{prefix}{name}."
-                yield from _paths(part, inner)
+    for name, part in module.named_parts():
+        if isinstance(part, Module):
+            yield from _paths(part, f"{prefix}{name}.")
 
 
 def codes_of(package: str, files: tuple[str, ...]) -> frozenset[CodeType]:

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, runs, schedules
+from npformer import checkpoint, options, runs, schedules
 from npformer.checkpoint import parse_json
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
@@ -63,27 +63,8 @@ class Recipe:
     average: int = 0  # so many of the last weights evaluated are averaged in the end; 0: none
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "warmup", "evaluate_every", "dev_examples"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-            if value > (most := MOST.get(name, 10**9)):
-                raise ValueError(f"{name} must be at most {most}, got {value}")
-        if not isinstance(self.average, int) or isinstance(self.average, bool) or self.average < 0:
-            raise ValueError(f"average must be an integer of at least 0, got {self.average!r}")
-        if self.average > MOST["average"]:
-            raise ValueError(f"average must be at most {MOST['average']}, got {self.average}")
-        for name in ("rate", "clip", "eps"):
-            if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < math.inf):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if self.schedule not in ("constant", "noam", "inverse_sqrt", "cosine"):
-            raise ValueError(f"unknown schedule {self.schedule!r}")
-        if not (_is_number(self.label_smoothing) and 0 <= self.label_smoothing <= 1):
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing!r}")
-        betas = tuple(self.betas) if isinstance(self.betas, list | tuple) else ()
-        if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", betas)
+        for each in fields(self):  # NumPy's scalars come out as Python's, which JSON can write
+            object.__setattr__(self, each.name, _checked(each.name, getattr(self, each.name)))
 
     def schedule_for(self, config: TransformerConfig, total: int) -> schedules.Schedule:
         if self.schedule == "constant":
@@ -95,8 +76,17 @@ class Recipe:
         return schedules.cosine(self.rate, min(self.warmup, total), total)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _checked(name: str, value: Any) -> Any:
+    """A field of the recipe, of its kind and in its range: JSON and TOML bring anything."""
+    if name == "schedule":
+        return options.choice(name, value, ("constant", "noam", "inverse_sqrt", "cosine"))
+    if name in ("rate", "clip", "eps"):
+        return options.positive(name, value)
+    if name == "label_smoothing":
+        return options.probability(name, value)
+    if name == "betas":
+        return options.pair_of_betas(value)
+    return options.integer(name, value, 0 if name == "average" else 1, MOST.get(name, 10**9))
 
 
 class Trainer:
@@ -106,6 +96,7 @@ class Trainer:
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, seed: int = 0, threads: int = 1):
         """`threads` > 1: that many cores work on each batch, see parallel.py (threadpoolctl)."""
+        seed, threads = options.integer("seed", seed, 0), options.integer("threads", threads, 1)
         self.config, self.recipe = config, recipe
         self.model = Transformer(config, rng=np.random.default_rng(seed))
         self.rng = np.random.default_rng([seed, 1])  # of dropout
@@ -241,6 +232,10 @@ def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [value]  # what is no list is no count either
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
@@ -284,6 +279,12 @@ def run(
 
     clock   seconds, from any start
     """
+    seed = options.integer("seed", seed, 0)
+    for name, n in (("patience", patience), ("test_examples", test_examples)):
+        if n is not None:
+            options.integer(name, n, 1)
+    if minutes is not None:
+        options.positive("minutes", minutes)
     about = {"task": task.name, "backend": trainer.backend, "seed": seed, **(about or {})}
     about |= {"plan": {"minutes": minutes, "patience": patience, "target": target}}
     about |= {"recipe": asdict(recipe), "versions": versions()}
@@ -513,12 +514,13 @@ def _snapshot(folder: Path, step: int) -> Path:
 def score(
     decode: Callable[[list[list[int]], int], list[list[int]]],
     task: Task,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
 ) -> dict[str, float]:
     """The answers of `decode` (sources, max_len) to the examples, scored by the task.
 
     Similar lengths go together, 256 at once.
     """
+    examples = list(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].src))
     answers: list[list[int]] = [[] for _ in examples]
     for start in range(0, len(order), 256):
@@ -561,7 +563,8 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(seen)
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)
+            if signal.getsignal(signum) is note:  # else somebody has taken over
+                signal.signal(signum, handler or signal.SIG_DFL)
 
 
 def versions() -> dict[str, str]:

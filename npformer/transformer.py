@@ -186,6 +186,8 @@ class Transformer(Module):
         tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
 
         However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        A pad counts as a position, so prompts of different lengths are not continued together as
+        each is alone.
         """
         self._check_ids("tgt", "(B, T)", tgt)
         if cache.n_samples not in (None, len(tgt)):
@@ -196,9 +198,8 @@ class Transformer(Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
-        T = tgt.shape[1]
-        mask = known if T == 1 else known & causal_mask(T, offset=offset)  # nothing comes after one
-        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        mask = known & causal_mask(tgt.shape[1], offset=offset)
+        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, length + T)
         with no_grad():
             x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
             if cache.memory_mask is None:

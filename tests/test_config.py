@@ -237,16 +237,19 @@ def test_a_toml_file_changes_what_it_names_and_nothing_else(tmp_path):
         ("[model]\nmax_len = 10", "max_len=10 is too short for sort: 11"),
         ("[model]\nsrc_vocab_size = 14", r"the vocabulary sizes are the task's, sort has \(13, 13"),
         ("[model]\nn_encoder_layers = 0", "sort needs an encoder: n_encoder_layers must be at le"),
-        ("[recipe]\nsteps = 0", "steps must be an integer of at least 1, got 0"),
-        ("[recipe]\nsteps = 1.5", "steps must be an integer of at least 1, got 1.5"),
-        ("[recipe]\nbatch_size = true", "batch_size must be an integer of at least 1, got True"),
+        ("[recipe]\nsteps = 0", "steps must be at least 1, got 0"),
+        ("[recipe]\nsteps = 1.5", "steps must be an integer, got 1.5"),
+        ("[recipe]\nbatch_size = true", "batch_size must be an integer, got True"),
         ("[recipe]\nrate = -1.0", "rate must be positive, got -1.0"),
         ("[recipe]\nrate = nan", "rate must be positive, got nan"),
         ("[recipe]\nrate = inf", "rate must be positive, got inf"),
-        ('[recipe]\nrate = "fast"', "rate must be positive, got 'fast'"),
-        ('[recipe]\nschedule = "linear"', "unknown schedule 'linear'"),
-        ("[recipe]\nlabel_smoothing = 1.5", r"label_smoothing must be in \[0, 1\], got 1.5"),
-        ('[recipe]\nlabel_smoothing = "a"', r"label_smoothing must be in \[0, 1\], got 'a'"),
+        ('[recipe]\nrate = "fast"', "rate must be a number, got 'fast'"),
+        (
+            '[recipe]\nschedule = "linear"',
+            "schedule must be constant, noam, inverse_sqrt or cosine, got 'linear'",
+        ),
+        ("[recipe]\nlabel_smoothing = 1.5", "label_smoothing is a probability, got 1.5"),
+        ('[recipe]\nlabel_smoothing = "a"', "label_smoothing must be a number, got 'a'"),
         ("[recipe]\nbetas = [0.9]", r"betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ("[recipe]\nbetas = [0.9, 1.0]", r"betas must be two numbers in \[0, 1\), got"),
         ("[recipe]\nbetas = 0.9", r"betas must be two numbers in \[0, 1\), got 0.9"),
@@ -261,7 +264,7 @@ def test_a_toml_file_with_a_mistake_is_refused(tmp_path, text, message):
 def test_a_toml_file_that_is_not_there_or_no_text_is_refused(tmp_path):
     task = tasks.load("sort")
     (tmp_path / "bytes").write_bytes(b"\xff")
-    for name, reason in (("nowhere", "no such file"), ("bytes", "not TOML"), (".", "directory")):
+    for name, reason in (("nowhere", "no such file"), ("bytes", "not TOML"), (".", "a folder")):
         with pytest.raises(CheckpointError, match=reason):
             presets.settings(task, file=tmp_path / name)
     with pytest.raises(ValueError, match="sort has no preset 'big', there are: default, notes, "):

@@ -72,6 +72,30 @@ def test_a_second_ctrl_c_does_not_wait():
             signal.raise_signal(signal.SIGINT)
 
 
+def test_who_handles_ctrl_c_already_goes_on_to():
+    seen, before = [], signal.getsignal(signal.SIGINT)
+    for theirs in (lambda *_: seen.append("theirs"), signal.SIG_IGN):
+        signal.signal(signal.SIGINT, theirs)
+        try:
+            with training._graceful_interrupt() as interrupted:
+                signal.raise_signal(signal.SIGINT)
+                assert interrupted() == (theirs is not signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGINT) is theirs
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert seen == ["theirs"]
+
+
+def test_who_takes_ctrl_c_over_during_training_keeps_it():
+    theirs, before = (lambda *_: None), signal.getsignal(signal.SIGINT)
+    try:
+        with training._graceful_interrupt():
+            signal.signal(signal.SIGINT, theirs)
+        assert signal.getsignal(signal.SIGINT) is theirs
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_outside_the_main_thread_signals_are_somebody_elses():
     seen = []
 
@@ -98,11 +122,18 @@ def test_a_run_of_another_version_is_refused(tmp_path):
 
 
 def test_an_average_of_less_than_nothing_is_refused():
-    with pytest.raises(ValueError, match="average must be an integer of at least 0, got -1"):
+    with pytest.raises(ValueError, match="average must be at least 0, got -1"):
         training.Recipe(average=-1)
 
 
 def test_without_glibc_or_matplotlib_there_is_less_and_nothing_breaks(monkeypatch, tmp_path):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # somebody has decided
+    monkeypatch.setattr(allocator.ctypes, "CDLL", None)
+    assert allocator.keep_freed_memory() is False
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    assert allocator.keep_freed_memory() is False
+    monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(allocator.platform, "libc_ver", lambda: ("musl", "1.2"))
     assert allocator.keep_freed_memory() is False
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it is an ImportError

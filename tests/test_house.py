@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "compare": LEAVES,
     "schedules": {"options"},
     "allocator": LEAVES,
+    "arguments": LEAVES,
+    "streams": {"arguments"},
     "answers": {"options"},
     "cache": {"ops"},
     "module": {"ops", "checkpoint"},
@@ -139,7 +141,7 @@ def test_every_file_of_the_model_has_its_twin():
     has_torch_itself = {"module", "layers", "optim"}
     # No numbers, or no model
     shared = {"config", "options", "compare", "schedules", "allocator", "checkpoint", "answers"}
-    shared |= {"storage"}
+    shared |= {"arguments", "storage", "streams"}
     assert set(MAY_IMPORT) - has_torch_itself - shared <= {*TWINS, "parallel"}
 
 
@@ -196,6 +198,40 @@ def test_every_file_and_everything_public_in_it_says_what_it_is(path):
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node), f"{path}: {node.name}"
+
+
+# --- Files and streams ------------------------------------------------------------------------
+
+
+PROGRAMS = [*EVERYTHING, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").rglob("*.py")]
+
+
+def test_no_text_is_read_or_written_in_an_encoding_of_the_locale():
+    for path in PROGRAMS:
+        for call in calls(path):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            where, _, name = ast.unparse(call.func).rpartition(".")
+            mode = options.get("mode", ast.unparse(call.args[1]) if len(call.args) > 1 else "")
+            is_open = name == "fdopen" or (name == "open" and where in ("", "io"))
+            asks = where == "subprocess" and {"text", "universal_newlines"} & {*options}
+            if asks or (is_open and "b" not in mode) or name in ("read_text", "write_text"):
+                assert "encoding" in options, f"{path}:{call.lineno}: {ast.unparse(call)}"
+
+
+def test_every_program_parses_its_arguments_where_its_streams_are_set():
+    """And its errors told: in streams.program."""
+    found = {
+        path.name
+        for path in PROGRAMS
+        for call in calls(path)
+        if ast.unparse(call.func).endswith(".parse_args")
+    }
+    assert found == {"streams.py", "memory.py"}  # the benchmark asks itself for one case
+
+
+def calls(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
 
 @pytest.mark.parametrize("name", ["ops", "masks", "attention", "optim", "decoding", "schedules"])

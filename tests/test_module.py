@@ -2,10 +2,15 @@
 
 import contextlib
 import threading
+from collections import namedtuple
 
 import numpy as np
 import pytest
+import torch
 
+import npformer
+import torchformer
+from npformer import SGD, clip_grad_norm
 from npformer.layers import LayerNorm, Linear
 from npformer.module import Module, Parameter, no_grad
 
@@ -154,3 +159,178 @@ def test_under_no_grad_no_activation_outlives_its_layer():
 
 def test_a_parameter_says_what_it_is():
     assert repr(Parameter(np.ones((2, 3), np.float32))) == "Parameter(2, 3), float32"
+
+
+# --- Parts in containers ----------------------------------------------------------------------
+
+
+class Held(Module):
+    """Parts in every container that has an order, beside what is no part."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        one = lambda: Linear(2, 2, rng=rng)  # noqa: E731
+        self.pair = (one(), Parameter(np.ones(2, np.float32)))
+        self.by_name = {"sum": one(), "deep": {"er": [LayerNorm(2)]}}
+        self.nested = [[one()], (), [3, "x", (Parameter(np.ones(1, np.float32)),)]]
+        self.sizes, self.words = [1, 2, 3], {"a": 1, 2: "b", "c.d": None}
+        self.Two = namedtuple("Two", "left right")
+        self.two = self.Two(one(), 5)
+        self.tied = self.pair[0]
+        self.tied_weight = self.pair[0].weight
+
+
+def weights_of(name):
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+HELD = [*weights_of("pair.0"), "pair.1", *weights_of("by_name.sum")]
+HELD += [*weights_of("by_name.deep.er.0"), *weights_of("nested.0.0"), "nested.2.2.0"]
+HELD += weights_of("two.0")
+TIED = [*weights_of("tied"), "tied_weight"]
+
+
+def test_parts_in_tuples_dicts_and_nested_lists_are_found():
+    """The names are those of torch's ModuleList and ModuleDict; what is no part is passed over."""
+    held = Held()
+    assert [name for name, _ in held.named_parameters()] == HELD
+    assert list(held.state_dict()) == HELD + TIED  # torch's, too, has a tied one by each name
+
+
+def test_a_parameter_in_two_places_is_one():
+    """Counted once by clipping, moved once by an optimizer, as in torch."""
+    held = Held()
+    assert len(set(held.parameters())) == len(held.parameters()) == len(HELD)
+    state = {name: np.full_like(x, 3) for name, x in held.state_dict().items()}
+    held.load_state_dict(state)
+    SGD(held.parameters(), 1.0)
+    assert held.tied_weight is held.pair[0].weight
+    held.tied_weight.data += 1
+    assert (held.state_dict()["pair.0.weight"] == 4).all()
+    p = Parameter(np.zeros(1))
+    p.grad += 3
+    assert clip_grad_norm([p, p], 1.5) == 3
+    assert p.grad[0] == pytest.approx(1.5)
+
+
+def test_a_view_has_the_same_containers_and_ties():
+    held = Held()
+    view = held.view()
+    assert [name for name, _ in view.named_parameters()] == HELD
+    assert view.tied is view.pair[0]
+    assert view.tied_weight is view.tied.weight
+    assert (view.two.right, view.sizes, view.words) == (5, held.sizes, held.words)
+    for p, q in zip(held.parameters(), view.parameters(), strict=True):
+        assert q.data is p.data
+        q.grad += 1
+        assert not p.grad.any()
+
+
+def test_a_view_reads_the_weights_wherever_an_optimizer_has_put_them():
+    tree = Tree()
+    view = tree.view()
+    optimizer = SGD(tree.parameters(), 0.5)  # packs them after the view was made
+    for p in tree.parameters():
+        p.grad = np.ones_like(p.grad)
+    optimizer.step()
+    tree.scale.data = tree.scale.data * 3
+    for p, q in zip(tree.parameters(), view.parameters(), strict=True):
+        assert q.data is p.data
+    view.scale.data = np.zeros(3, np.float32)
+    assert not tree.scale.data.any()
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        ({Parameter(np.ones(1))}, "^part: a set has no order to name its parts by; use a list or"),
+        ({"a.b": Parameter(np.ones(1))}, "^part: the key 'a.b' must be a string without a dot$"),
+        ({0: Parameter(np.ones(1))}, "^part: the key 0 must be a string without a dot$"),
+    ],
+    ids=["set", "dot", "integer"],
+)
+def test_parts_that_could_not_be_named_are_refused(held, message):
+    tree = Tree()
+    tree.part = held
+    for call in (tree.parameters, tree.state_dict, tree.view):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_layers_of_a_stack_may_come_from_a_generator():
+    rng = np.random.default_rng(0)
+    made = (npformer.EncoderLayer(4, 2, 4, rng=rng) for _ in range(2))
+    stack = npformer.Encoder(made)
+    assert len(stack.parameters()) == 32
+    x = np.ones((1, 2, 4), np.float32)
+    once = stack(x)[0]
+    np.testing.assert_array_equal(stack(x)[0], once)
+    assert not np.array_equal(once, x)
+    twin = torchformer.Encoder(torchformer.EncoderLayer(4, 2, 4) for _ in range(2))
+    assert len(list(twin.parameters())) == 32
+
+
+# --- Loading is all or nothing ----------------------------------------------------------------
+
+
+BAD_VALUES = {
+    "complex": np.ones(3, complex),
+    "text": np.array(["1", "2", "3"]),
+    "objects": np.array([1.0, None, 2.0]),
+    "torch's bfloat16": torch.ones(3, dtype=torch.bfloat16),
+    "ragged": [1.0, [2.0], 3.0],
+    "None": None,
+    "raw bytes": np.zeros(3, "V2"),
+    "dates": np.zeros(3, "M8[s]"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VALUES)
+@pytest.mark.parametrize("name", [NAMES[0], NAMES[-1]])
+def test_a_load_that_fails_has_changed_nothing(kind, name):
+    tree = Tree()
+    before = tree.state_dict()
+    state = {key: x + 1 for key, x in before.items()}
+    with pytest.raises(ValueError, match=f"^the weights do not fit this model: {name}"):
+        tree.load_state_dict(state | {name: BAD_VALUES[kind]})
+    for key, x in tree.state_dict().items():
+        np.testing.assert_array_equal(x, before[key], err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float16", "bfloat16", "bool"])
+def test_what_is_exact_in_a_float_is_loaded(dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    tree = Tree()
+    tree.load_state_dict({name: x.astype(dtype) for name, x in tree.state_dict().items()})
+    assert tree.scale.data.dtype == np.float32
+    np.testing.assert_array_equal(tree.scale.data, 1)
+    tree.load_state_dict({name: x.tolist() for name, x in tree.state_dict().items()})
+    tree.load_state_dict({name: torch.from_numpy(x) for name, x in tree.state_dict().items()})
+    np.testing.assert_array_equal(tree.scale.data, 1)
+
+
+def test_the_twin_loads_all_or_nothing():
+    """torch's own load_state_dict copies what fits before it raises."""
+    config = npformer.TransformerConfig(9, 9, 6, 2, 7, 1, 1)
+    model = torchformer.Transformer(config, np.random.default_rng(0))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    other = {name: x + 1 for name, x in before.items()}
+    last = list(other)[-1]
+    lacking = {name: x for name, x in other.items() if name != last}
+    for state, message in (
+        (lacking, f"lacks '{last}'$"),
+        (other | {"extra": torch.ones(1)}, "has unknown 'extra'$"),
+        (other | {last: torch.ones(2)}, rf"{last} is \(2,\), the model's is \(9,\)$"),
+        (other | {last: other[last].to(torch.complex64)}, f"{last} is torch.complex64, the model"),
+        (other | {last: [1.0] * 9}, f"{last} is a list, not a tensor$"),
+    ):
+        with pytest.raises(ValueError, match=f"^the weights do not fit this model: .*{message}"):
+            model.load_state_dict(state)
+        for name, x in model.state_dict().items():
+            assert torch.equal(x, before[name]), name
+    assert model.load_state_dict(lacking, strict=False).missing_keys == [last]
+    assert torch.equal(model.state_dict()[next(iter(before))], other[next(iter(before))])
+    model.load_state_dict({name: x.double() for name, x in before.items()})
+    for name, x in model.state_dict().items():
+        assert torch.equal(x, before[name]), name

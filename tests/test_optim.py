@@ -319,17 +319,187 @@ def test_packing_changes_no_number_and_every_parameter_is_a_view(shapes, seed, d
     assert again.grad is optimizer.grad
 
 
-def test_an_optimizer_whose_parameters_were_packed_by_another_refuses_to_step():
-    """It would move a copy that no model reads."""
-    a, b = Parameter(np.ones(3)), Parameter(np.ones(2))
-    first = SGD([a, b], 0.1)
-    SGD([a], 0.1)
-    with pytest.raises(RuntimeError, match="another optimizer has packed these parameters since"):
-        first.step()
-    first = SGD([a, b], 0.1)
-    SGD([b], 0.1)
-    with pytest.raises(RuntimeError, match="another optimizer has packed these parameters since"):
-        first.step()
+# --- Two owners of one number -----------------------------------------------------------------
+
+
+def train(touch, n_optimizers=1, momentum=0.9):
+    """Three steps of SGD on three parameters, ours and torch's, with `touch` before each step.
+
+    touch(parameters, like, k) does the same to both; `like` makes an array or a tensor.
+    """
+    values = [np.linspace(-1, 1, n) for n in (3, 4, 2)]
+    ours = [Parameter(x.copy()) for x in values]
+    theirs = [torch.nn.Parameter(torch.tensor(x)) for x in values]
+    results = []
+    for parameters, like, kind in (
+        (ours, np.array, lambda p: SGD(p, 0.1, momentum)),
+        (theirs, torch.DoubleTensor, lambda p: torch.optim.SGD(p, 0.1, momentum)),
+    ):
+        optimizers = [kind(parameters)]
+        optimizers += [kind(parameters[i : i + 2]) for i in range(n_optimizers - 1)]
+        for k in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            for p in parameters:
+                gradient = like([0.5 + i + k for i in range(len(p.data))])
+                p.grad = gradient if p.grad is None else p.grad + gradient
+            touch(parameters, like, k)
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append([np.asarray(p.data) for p in parameters])
+    for i, (mine, torchs) in enumerate(zip(*results, strict=True)):
+        assert_close(f"parameter {i}", mine, torchs, 100 * EPS)
+
+
+def halve_gradients(parameters, like, k):
+    for p in parameters[k:]:
+        p.grad = p.grad / 2.0
+
+
+def replace_data(parameters, like, k):
+    parameters[k].data = parameters[k].data * 0.5
+
+
+def replace_both(parameters, like, k):
+    parameters[1].data = like([1.0, 2.0, 3.0, 4.0 + k])
+    parameters[1].grad = like([4.0, 3.0, 2.0, 1.0 + k])
+
+
+def perturb_and_restore(parameters, like, k):
+    """Sharpness-aware minimisation: away, and back to the very array that was there."""
+    before = [p.data for p in parameters]
+    for p in parameters:
+        p.data = p.data + 0.5
+    for p, x in zip(parameters, before, strict=True):
+        p.grad = p.grad + p.data
+        p.data = x
+
+
+def swap(parameters, like, k):
+    """The gradient of another: each keeps its own array."""
+    a, b = parameters[0].grad, parameters[1].grad[:3]
+    parameters[0].grad, parameters[1].grad[:3] = b + 0, a + 0
+
+
+@pytest.mark.parametrize(
+    "touch", [halve_gradients, replace_data, replace_both, perturb_and_restore, swap]
+)
+@pytest.mark.parametrize("n_optimizers", [1, 2, 3])
+def test_what_replaces_a_gradient_or_a_weight_is_used_as_in_torch(touch, n_optimizers):
+    """By several optimizers as well, which take the parameters from each other."""
+    train(touch, n_optimizers)
+
+
+def test_a_replaced_gradient_trains_like_one_that_is_written_into():
+    losses = {}
+    for how in ("replaced", "in place", "as it is"):
+        p = Parameter(np.array([3.0, -2.0]))
+        optimizer = Adam([p], 0.1)
+        for _ in range(30):
+            optimizer.zero_grad()
+            p.grad += 2 * p.data
+            if how == "replaced":
+                p.grad = p.grad / 1.0
+            elif how == "in place":
+                p.grad /= 1.0
+            optimizer.step()
+        losses[how] = float((p.data**2).sum())
+    assert losses["replaced"] == losses["in place"] == losses["as it is"] < 1
+
+
+def test_zero_grad_and_clipping_see_a_replaced_gradient():
+    p, q = Parameter(np.ones(3)), Parameter(np.ones(2))
+    optimizer = SGD([p, q], 1.0)
+    p.grad = np.array([3.0, 0.0, 0.0])
+    q.grad = np.array([0.0, 4.0])
+    assert clip_grad_norm(optimizer.parameters, 1.0) == 5
+    optimizer.step()
+    assert_close("p", p.data, np.array([1 - 0.6, 1, 1]), 1e-6)
+    assert_close("q", q.data, np.array([1, 1 - 0.8]), 1e-6)
+    p.grad = np.array([3.0, 0.0, 0.0])
+    optimizer.zero_grad()
+    assert not p.grad.any()
+    assert not optimizer.grad.any()
+    p.grad += 1
+    optimizer.step()
+    assert_close("p", p.data, np.array([-0.6, 0, 0]), 1e-6)
+
+
+def test_what_replaces_is_copied_and_what_was_there_is_left_alone():
+    """A step, an `+=` and a clipping write into no array but the parameter's own."""
+    p, q = Parameter(np.ones(3)), Parameter(np.ones(3))
+    optimizer = SGD([p, q], 0.5)
+    old_data, old_grad, new = p.data, p.grad, np.full(3, 2.0)
+    p.grad = q.grad = new  # two parameters, one array: each has its own copy
+    p.data = new
+    optimizer.step()
+    p.grad += 1
+    clip_grad_norm([p, q], 1e-3)
+    optimizer.zero_grad()
+    np.testing.assert_array_equal(new, 2)
+    np.testing.assert_array_equal(old_data, 1)
+    np.testing.assert_array_equal(old_grad, 0)
+    np.testing.assert_array_equal(p.data, 1)
+    np.testing.assert_array_equal(q.data, 0)
+
+
+def test_a_gradient_takes_the_dtype_of_its_data():
+    p = Parameter(np.ones(3, np.float32))
+    p.grad = np.float64(0.5) * np.ones(3)
+    assert p.grad.dtype == np.float32
+    optimizer = Adam([p], np.float64(0.1), weight_decay=np.float32(0.5))
+    optimizer.step()
+    assert p.data.dtype == optimizer.data.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        (
+            "grad",
+            None,
+            ValueError,
+            r"^Parameter\.grad must be an array of shape \(3,\), got None; ",
+        ),
+        ("grad", 0, ValueError, r"^Parameter\.grad must be an array of shape \(3,\), got 0; "),
+        ("grad", np.ones(1), ValueError, r"got shape \(1,\); p\.grad\[\.\.\.\] = x fills it"),
+        ("grad", np.ones((3, 1)), ValueError, r"got shape \(3, 1\)"),
+        ("grad", np.ones(3, complex), TypeError, r"^Parameter\.grad is float64, got complex128$"),
+        ("grad", np.array(["1"] * 3), TypeError, r"^Parameter\.grad is float64, got <U1$"),
+        (
+            "data",
+            None,
+            ValueError,
+            r"^Parameter\.data must be an array of shape \(3,\), got None; ",
+        ),
+        (
+            "data",
+            np.ones(4),
+            ValueError,
+            r"^Parameter\.data must be an array of shape \(3,\), got s",
+        ),
+        ("data", np.ones(3, np.float32), TypeError, r"^Parameter\.data is float64, got float32: p"),
+    ],
+)
+def test_what_cannot_replace_is_refused_at_once(name, value, error, message):
+    p = Parameter(np.arange(3.0))
+    p.grad += 7
+    optimizer = SGD([p], 0.1)
+    with pytest.raises(error, match=message) as caught:
+        setattr(p, name, value)
+    assert "\n" not in str(caught.value)
+    np.testing.assert_array_equal(optimizer.data, np.arange(3.0))
+    np.testing.assert_array_equal(p.grad, 7)
+
+
+def test_parameters_that_share_an_array_are_not_torn_apart():
+    """Packing would give each a copy of its own."""
+    x = np.ones(5)
+    shared = Parameter(x), Parameter(x[2:4])
+    for pair in (shared, (shared[0], shared[0].view())):
+        with pytest.raises(ValueError, match="two parameters share an array; to tie them, use one"):
+            SGD(pair, 0.1)
+    SGD([Parameter(x[:2]), Parameter(x[2:])], 0.1)
 
 
 def test_a_model_that_is_loaded_after_packing_is_the_one_that_is_trained():

@@ -1,6 +1,7 @@
 """Pronouncing words: the dictionary, the model that ships, bad input, streams."""
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 import npformer
-from npformer import checkpoint, cli, pronounce, pronunciation, tasks, training
-from npformer.pronunciation import SHIPPED, Pronouncer, plain
+from npformer import checkpoint, cli, pronounce, pronunciation, streams, tasks, training
+from npformer.pronunciation import SHIPPED, Pronouncer
 from npformer.tasks import g2p
-from npformer.tasks.ipa import CONSONANTS, to_ipa
+from npformer.tasks.ipa import CONSONANTS, UNSTRESSED, VOWELS, to_ipa
+from npformer.tasks.spelling import plain
 from npformer.testing.conformance import OUTPUT
 
 TASK = g2p.G2P()
@@ -174,7 +176,11 @@ def test_case_accents_and_apostrophes_make_no_difference(word, expected):
     ("phones", "expected"),
     [
         ("HH AH0 L OW1", "həˈloʊ"),
-        ("HH AH L OW", "hʌloʊ"),
+        ("HH AH L OW", "həloʊ"),
+        ("B AH T ER", "bʌtɚ"),  # a word has a stressed vowel
+        ("F ER", "fɝ"),
+        ("B AH1 T ER0", "ˈbʌtɚ"),
+        ("AH2 P", "ˌʌp"),
         ("HH AY0 P AA1 TH AH0 S AH0 S", "haɪˈpɑθəsəs"),
         ("IH0 K S T R EH1 M", "ɪkˈstɹɛm"),
         ("S IH1 NG ER0", "ˈsɪŋɚ"),
@@ -195,6 +201,71 @@ def test_every_phone_has_letters_of_its_own():
     assert set(CONSONANTS) | set(g2p.VOWELS) == set(g2p.PHONES)
 
 
+# --- The whole dictionary -----------------------------------------------------------------------
+
+
+@functools.cache
+def printed():
+    """Each word of the dictionary with its ways, read from the file by other means than ours."""
+    text = g2p._unpacked().decode("utf-8")
+    ways = {}
+    for word, phones in re.findall(r"^([^\s(]+)(?:\(\d+\))? ([^#\n]+)", text, re.MULTILINE):
+        ways.setdefault(word, []).append(phones.strip())
+    assert len(ways) == 124_926 + 1_126
+    return ways
+
+
+def in_letters(phones):
+    """IPA without the marks of stress."""
+    table = (
+        CONSONANTS
+        | UNSTRESSED
+        | {f"{v}{n}": letters for v, letters in VOWELS.items() for n in "12"}
+    )
+    table |= {f"{v}0": letters for v, letters in VOWELS.items() if f"{v}0" not in UNSTRESSED}
+    return "".join(table[phone] for phone in phones.split())
+
+
+def without_digits(phones):
+    return re.sub("[012]", "", phones)
+
+
+def test_every_word_of_the_dictionary_is_said_as_the_dictionary_says():
+    for stress, shown in ((True, str), (False, without_digits)):
+        answers = pronounce(printed(), stress=stress, nbest=99)
+        for answer, (word, ways) in zip(answers, printed().items(), strict=True):
+            assert (answer.word, answer.source) == (word, "dictionary")
+            expected = list(dict.fromkeys(map(shown, ways)))
+            assert [str(answer), *map(str, answer.others)] == expected, word
+            if not stress:
+                assert answer.ipa == in_letters(ways[0]), word
+
+
+@pytest.mark.parametrize("options", [[], ["--ipa"], ["--stress"], ["--stress", "--ipa"]])
+def test_the_command_says_the_words_of_the_dictionary_as_it_does(options, capsys, monkeypatch):
+    words = list(printed())[len(options) :: 9]
+    stream = io.BytesIO("\n".join(words).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+    code, out, err = said(capsys, *options)
+    assert (code, err) == (0, "")
+    for line, word in zip(out.splitlines(), words, strict=True):
+        first = printed()[word][0]
+        expected = first if options == ["--stress"] else without_digits(first)
+        if "--ipa" in options:
+            expected = in_letters(first)
+            line = re.sub("[ˈˌ]", "", line) if "--stress" in options else line
+        assert line == f"{word}  {expected}"
+
+
+def test_ways_that_differ_in_what_is_shown_are_different_ways(capsys):
+    assert said(capsys, "permit", "--nbest", "9")[1] == "permit  P ER M IH T\n"
+    lines = "permit  pɚmɪt\npermit(2)  pɝmɪt\n"
+    assert said(capsys, "permit", "--nbest", "9", "--ipa")[1] == lines
+    assert said(capsys, "about", "--ipa")[1] == "about  əbaʊt\n"
+    (answer,) = map(json.loads, said(capsys, "about", "--json")[1].splitlines())
+    assert (answer["phones"], answer["ipa"]) == ("AH B AW T", "əbaʊt")
+
+
 # --- The command ------------------------------------------------------------------------------
 
 
@@ -209,7 +280,7 @@ def test_a_line_a_word_and_numbered_ways(capsys):
 
 def test_json_is_one_object_a_word(capsys):
     code, out, _ = said(capsys, "tomato", "4x4", UNKNOWN, "--json", "--nbest", "2")
-    assert code == 1
+    assert code == 2
     known, refused, unknown = map(json.loads, out.splitlines())
     assert known["phones"] == "T AH M EY T OW"
     assert known["source"] == "dictionary"
@@ -235,7 +306,7 @@ BAD = {
 
 def test_bad_words_are_refused_one_line_each_and_the_others_answered(capsys):
     code, out, err = said(capsys, "hello", *BAD, "world")
-    assert code == 1
+    assert code == 2
     assert out == "hello  HH AH L OW\nworld  W ER L D\n"
     lines = err.splitlines()
     assert len(lines) == len(BAD)
@@ -245,10 +316,123 @@ def test_bad_words_are_refused_one_line_each_and_the_others_answered(capsys):
         assert len(line) < 200
 
 
-@pytest.mark.parametrize("text", ["", "ice cream", "слово", "a" * 10_000])
-def test_the_function_refuses_by_raising(text):
-    with pytest.raises(ValueError, match=r"empty|has|too many"):
-        pronounce(["hello", text])
+SIGNS = [
+    "™",
+    "Nº",
+    "Noº",
+    "№",
+    "½",
+    "m²",
+    "Ⅳ",
+    "①",
+    "ª",
+    "℃",
+    "𝐡𝐢",
+    "ℹ",
+    "Ⓐ",
+    "ʰa",
+    "a\N{COMBINING ENCLOSING KEYCAP}",
+]
+NOTHING = [
+    "'",
+    "''",
+    "’",
+    '"',
+    "...",
+    "-",
+    "--",
+    "—",
+    "!",
+    "\N{COMBINING ACUTE ACCENT}",
+    "\ufeff",
+    "",
+]
+NO_WORDS = [
+    "Foo-Bar",
+    "R2D2",
+    "tomato(3)",
+    "tomato(0)",
+    "аbout",
+    "no.1",
+    "A" * 41,
+    None,
+    np.nan,
+    7,
+    b"hi",
+]
+
+
+@pytest.mark.parametrize("word", [*SIGNS, *NOTHING, *NO_WORDS])
+def test_what_is_no_word_is_refused_as_it_was_typed(word):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011  the message is looked at below
+        pronounce(["hello", word, "world"])
+    shown = repr(word) if len(str(word)) <= 40 else repr(word[:36] + " ...")
+    assert str(refused.value).startswith(shown)
+    (before, error, after) = pronounce(["hello", word, "world"], errors="return")
+    assert (str(before), str(after)) == ("HH AH L OW", "W ER L D")
+    assert str(error) == str(refused.value)
+
+
+def test_the_function_refuses_before_the_model_is_asked(monkeypatch):
+    def computed(*_):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(Pronouncer, "_decode", computed)
+    with pytest.raises(ValueError, match=r"^'4x4' has '4'.* \(and 2 more are refused\)$"):
+        pronounce([UNKNOWN, "4x4", "hello", "", "5"])
+    for words in (None, 5, b"hello"):
+        with pytest.raises(TypeError, match="words must be a word or several"):
+            pronounce(words)
+    with pytest.raises(ValueError, match="errors must be"):
+        pronounce("hello", errors="ignore")
+    with pytest.raises(ValueError, match="nbest and beam must be at least 1, got nan and 5"):
+        pronounce("hello", nbest=np.nan)
+
+
+MEANT = {
+    "hello": "'hello' ‘hello’ “hello” „hello“ «hello» ‹hello› \"hello\" `hello` ``hello'' ‘hello,’ "
+    "hello, hello! hello?! hello. hello... (hello) [hello]; HELLO Hello: "
+    "ｈｅｌｌｏ ＨＥＬＬＯ！ —hello— \ufeffhello hel\u200blo hel\u00adlo hello™ hello® ¡hello!",
+    "don't": "don’t don‘t donʼt don`t don´t don′t don＇t DON’T “don’t” 'don't' don't.",
+    "it's": "it`s it´s itʼs it’s",
+    "'tis": "‘tis ʼtis ’tis `tis ´tis 'Tis “‘Tis”",
+    "'em": "’em ‘em 'em, “’em”",
+    "dogs'": "dogs’ dogs'. “dogs’”",
+    "cause": "'cause' ‘cause’",  # in quotes it is not 'cause
+    "x-ray": "X-Ray x‐ray x‑ray x–ray x−ray x－ray 'x-ray' x-ray,",
+    "mr.": "Mr. “Mr.” Mr., (mr.) 'mr.'",
+    "u.s.": "U.S. U.S., (U.S.)",
+    "coca-cola": "Coca-Cola Coca‑Cola™",
+    "google": "Google™ Google™\ufe0f",
+    "cafe": "café cafe\u0301 CAFÉ",
+    "office": "oﬃce ＯＦＦＩＣＥ",
+    "caesar": "cæsar CÆSAR ＣÆSAR",
+    "oeuvre": "œuvre",
+    "lodz": "łodz ŁÓDŹ",
+    "bjorn": "bjørn Björn",
+    "istanbul": "İstanbul ıstanbul",
+    "strasse": "straße STRAẞE",
+    "tomato": "tomato(1) Tomato(1)",
+    "aeon": "æon",
+}
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_however_it_is_typed_it_is_the_word(word):
+    (expected,) = pronounce(word, nbest=9)
+    typed = MEANT[word].split()
+    for answer, text in zip(pronounce(typed, nbest=9), typed, strict=True):
+        assert (answer.phones, answer.source) == (expected.phones, expected.source), text
+        assert answer.word == text
+    if word == "cause":
+        assert str(pronounce("'cause")[0]) == "K AH Z"
+
+
+def test_a_way_to_say_a_word_can_be_named():
+    (answer,) = pronounce("Tomato(2)", nbest=5)
+    assert (str(answer), answer.others) == ("T AH M AA T OW", ())
+    with pytest.raises(ValueError, match=r"'tomato\(3\)': the ways to say tomato are 2"):
+        pronounce("tomato(3)")
 
 
 def test_wrong_options_are_refused_in_one_line(capsys, tmp_path):
@@ -342,10 +526,16 @@ def test_arriving_cuts_lines_as_they_are():
         def read1(self, n=-1):
             return super().read1(3)
 
-    chunks = list(pronunciation.arriving(Dribble(b"ab\ncdef\r\n\ng")))
+    chunks = list(streams.arriving(Dribble(b"\xef\xbb\xbfab\ncdef\r\n\ng")))
     assert [line for chunk in chunks for line in chunk] == ["ab", "cdef", "", "g"]
-    many = list(pronunciation.arriving(io.BytesIO(b"x\n" * 600)))
+    many = list(streams.arriving(io.BytesIO(b"x\n" * 600)))
     assert [len(chunk) for chunk in many] == [256, 256, 88]
+    (long, whole), end = streams.arriving(
+        io.BytesIO(b"ice" + b" " * 5000 + b"cream\n\xff\n\xef\xbb\xbfz")
+    )
+    assert long == "ice" + " " * 4093 + "\ufffd"  # it is not "ice"
+    assert (whole, *end) == ("\ufffd", "\ufeffz")  # a mark only where a text begins
+    assert list(streams.arriving(io.BytesIO(b"\xef\xbb\xbfz"))) == [["z"]]
 
 
 # --- What ships -------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_a_warmup_of_no_steps_is_refused(warmup):
         lambda: schedules.inverse_sqrt(1.0, warmup),
         lambda: schedules.cosine(1.0, warmup, 10),
     ):
-        with pytest.raises(ValueError, match=f"warmup must be at least 1 step, got {warmup}"):
+        with pytest.raises(ValueError, match=f"warmup must be at least 1, got {warmup}"):
             make()
 
 

@@ -1,6 +1,8 @@
 """The trace: the numbers that were there, under names that say where; and the first difference."""
 
+import cProfile
 import json
+import pstats
 import sys
 from dataclasses import replace
 
@@ -24,6 +26,11 @@ SRC, TGT, TARGETS = np.array([[3, 4, 5]]), np.array([[1, 6, 7, 8]]), np.array([[
 
 def traced(model=None):
     return npformer.trace(model or make_model(CONFIG, 0), SRC, TGT, target=TARGETS)
+
+
+def torch_traced():
+    src, tgt, target = map(torch.from_numpy, (SRC, TGT, TARGETS))
+    return torch_trace(to_torch(make_model(CONFIG, 0)), src, tgt, target=target)
 
 
 def test_the_values_are_those_of_the_step():
@@ -108,6 +115,52 @@ def test_watching_leaves_no_trace_of_itself():
     with pytest.raises(ValueError, match="tgt has 9 positions"):
         npformer.trace(model, SRC, np.ones((1, 9), int))
     assert sys.getprofile() is before
+
+
+def later():
+    """Called after the trace, for a profiler to see."""
+
+
+@pytest.mark.parametrize("run", [traced, lambda: torch_traced()], ids=["numpy", "torch"])
+def test_a_profiler_and_a_debugger_go_on_beside_the_trace(run):
+    names, alone = [], [entry.name for entry in run()]
+    told, debugger = [], lambda *_: None
+    before, tracer = sys.getprofile(), sys.gettrace()
+
+    def hook(frame, event, _):
+        told.append((event, frame.f_code.co_name))
+
+    try:
+        sys.setprofile(hook)
+        sys.settrace(debugger)
+        names = [entry.name for entry in run()]
+        assert (sys.getprofile(), sys.gettrace()) == (hook, debugger)
+        later()
+    finally:
+        sys.setprofile(before)
+        sys.settrace(tracer)
+    assert names == alone
+    for seen in (("call", "encode"), ("return", "encode"), ("call", "later")):
+        assert seen in told  # the step, and what came after it
+
+
+def test_cprofile_goes_on_after_the_trace():
+    alone, profile, before = [e.name for e in traced()], cProfile.Profile(), sys.getprofile()
+    profile.enable()
+    try:
+        names = [entry.name for entry in traced()]
+        later()
+    finally:
+        profile.disable()
+        sys.setprofile(before)
+    assert names == alone
+    assert {"trace", "later"} <= {name for _, _, name in pstats.Stats(profile).stats}
+
+
+def test_a_profiler_that_cannot_be_paused_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "getprofile", lambda: {"of": "somebody"})
+    with pytest.raises(ValueError, match=r"\{'of': 'somebody'\} is profiling and cannot be paused"):
+        traced()
 
 
 def test_forward_alone_and_a_decoder_only_model():

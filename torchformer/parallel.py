@@ -13,7 +13,6 @@ the number of target tokens of all ranks together.
 
 import argparse
 import os
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from npformer import arguments, checkpoint, presets, runs, tasks, training
+from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.arguments import SEEDS, STEPS, whole_number
 from npformer.tasks import Batch
 from torchformer.captured import options_of
@@ -198,15 +197,18 @@ def full_weights(model: nn.Module) -> dict[str, np.ndarray]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: trained;  2: what was asked for cannot be done, said in one line."""
-    options = _parser().parse_args(arguments)
-    # FSDP is anxious for outputs that are views, should one write into them: here nobody does
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    try:
-        with group(options.device) as mesh, _folder(options) as folder:
-            _train(options, mesh, folder)
-    except (ValueError, OSError) as error:
-        print(f"torchformer.training: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return streams.program(_parser(), arguments, _run, ValueError)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with (
+        warnings.catch_warnings(),
+        group(options.device) as mesh,
+        _folder(options) as folder,
+    ):
+        # FSDP is anxious for outputs that are views, should one write into them: here nobody does
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        _train(options, mesh, folder)
     return 0
 
 
@@ -266,7 +268,8 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     model = Transformer(config, np.random.default_rng(options.seed), device=options.device)
     model.right_padded = True  # as all tasks pad
     # Each rank has its own part of the batch, and drops its own entries; under tp all have one
-    torch.manual_seed(options.seed + (0 if options.parallel == "tp" else dist.get_rank()))
+    seed = options.seed + (0 if options.parallel == "tp" else dist.get_rank())
+    torch.manual_seed(seed % 2**64)
     spread_model = spread(model, options.parallel, mesh)
     parameters = list(spread_model.parameters())
     optimizer = torch.optim.Adam(

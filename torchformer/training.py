@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from npformer.checkpoint import check_arrays
 from npformer.config import TransformerConfig
+from npformer.options import integer
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
@@ -48,7 +49,11 @@ class Trainer:
         compiled    torch.compile, layer by layer, and the loss
         captured    a step of training or of decoding is one CUDA graph, see captured.py; None: if
                     the device is CUDA
+
+        Dropout reads the random numbers of the process, so they are seeded here (torch.manual_seed)
+        and go on from step to step: other code that draws from them draws from the same row.
         """
+        seed = integer("seed", seed, 0)
         self.config, self.recipe, self.device = config, recipe, torch.device(device)
         check_precision(precision, self.device)
         self.model = Transformer(config, rng=np.random.default_rng(seed), device=self.device)
@@ -63,7 +68,7 @@ class Trainer:
                     layer.compile(fullgraph=True)
         self.losses = LateNumber(self.device)
         self.model.right_padded = True  # as all tasks pad
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed % 2**64)  # of dropout; torch has no longer seeds
         is_captured = check_captured(captured, self.device)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(),

@@ -11,7 +11,7 @@ Shapes  B batch, S source positions, T target positions, C model width, V target
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,8 @@ class Transformer(nn.Module):
         tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
 
         However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        A pad counts as a position, so prompts of different lengths are not continued together as
+        each is alone.  Dropout is off, in training as well.
         """
         self._check_ids("tgt", "(B, T)", tgt)
         if cache.n_samples not in (None, len(tgt)):
@@ -220,10 +222,8 @@ class Transformer(nn.Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
-        T, mask = tgt.shape[1], known
-        if T > 1:  # nothing comes after one
-            mask = known & causal_mask(T, offset=offset, device=tgt.device)
-        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
+        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset, p=0.0)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
@@ -267,6 +267,19 @@ class Transformer(nn.Module):
         with evaluating(self):
             return self(src, tgt, src_mask, tgt_mask)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign=False):
+        """torch's, but all or nothing: what does not fit is refused before a tensor is written."""
+        own = {name: x for name, x in self.state_dict().items() if strict or name in state_dict}
+        found = {name: x for name, x in state_dict.items() if strict or name in own}
+        for name, x in found.items():
+            got = f"a {type(x).__name__}, not a tensor"
+            if isinstance(x, Tensor):
+                got = f"{x.dtype}, the model's is {own[name].dtype}" if x.is_complex() else ""
+            if got:
+                raise ValueError(f"the weights do not fit this model: {name} is {got}")
+        checkpoint.check_state({name: tuple(x.shape) for name, x in own.items()}, found)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, which both twins read; see checkpoint.py."""
         checkpoint.save(folder, self.config, {k: as_numpy(x) for k, x in self.state_dict().items()})
@@ -282,10 +295,7 @@ class Transformer(nn.Module):
         config, state = checkpoint.load(folder)
         model = cls(config, np.random.default_rng(0), dtype, device)
         with checkpoint.blame(folder):
-            checkpoint.check_state(
-                {k: tuple(x.shape) for k, x in model.state_dict().items()}, state
-            )
-        model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
+            model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()})
         return model
 
     def _check_source(self, src: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from benchmarks.gpu import report, results
 from benchmarks.gpu.processes import Lost, Processes
 from benchmarks.gpu.results import NO_ROOM
 from benchmarks.harness import BenchmarkError
-from npformer import storage
+from npformer import storage, streams
 
 DESCRIPTION = """\
 Measure torchformer on one GPU, in this order, as far as the budget goes: does it run at all; the
@@ -83,19 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="take over what another bench.json of the same card has")  # fmt: skip
     add("--report", action="store_true", help="measure nothing, draw what is there")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: toy sizes (cuda)")
-    options = parser.parse_args(argv)
-    try:
-        if options.budget is not None and not 0 <= options.budget < math.inf:
-            raise BenchmarkError(f"--budget must be a number of seconds, got {options.budget}")
-        chosen = choose(options.only) if options.only else list(SECTIONS)
-        harness.check_writable(options.out)
-        run = Run(options)
-        if not options.report:
-            run.measure(chosen)
-    except (BenchmarkError, OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(error).split())}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; what was measured is in {options.out}\n")
+    return streams.program(parser, argv, _run, BenchmarkError, ValueError)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.budget is not None and not 0 <= options.budget < math.inf:
+        raise BenchmarkError(f"--budget must be a number of seconds, got {options.budget}")
+    chosen = choose(options.only) if options.only else list(SECTIONS)
+    harness.check_writable(options.out)
+    run = Run(options)
+    if not options.report:
+        run.measure(chosen)
     report.draw(run.content, options.out)
     print(report.report(run.content))
     lost = [n for n in chosen if str(run.content["results"].get(n, "")).startswith("failed")]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness, plots
+from npformer.plot import write_figure
 
 NOT_MEASURED = "not measured"
 OURS = "torchformer"  # how the names of our rows begin
@@ -131,7 +132,7 @@ def draw(content: dict[str, Any], folder: Path) -> None:
         ("breakdown", breakdown(results.get("breakdown B"))),
     ):
         if drawn is not None:
-            drawn.savefig(folder / f"{name}.png", dpi=130)
+            write_figure(drawn, folder / f"{name}.png", dpi=130)
 
 
 def ladder(rungs: Any) -> Any:

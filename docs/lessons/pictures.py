@@ -206,8 +206,12 @@ def shift() -> Figure:
 def said_before(name: str) -> dict[str, Any]:
     """What the lesson's code has defined where it shows this picture: the picture shows that."""
     names: dict[str, Any] = {}
-    (path,) = (path for path in lessons.files() if f"(pictures/{name}.svg)" in path.read_text())
-    for piece in lessons.run(path.read_text(), names=names):
+    (path,) = (
+        path
+        for path in lessons.files()
+        if f"(pictures/{name}.svg)" in path.read_text(encoding="utf-8")
+    )
+    for piece in lessons.run(path.read_text(encoding="utf-8"), names=names):
         if f"(pictures/{name}.svg)" in piece.text:
             break
     return names

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from npformer import lessons  # noqa: E402
+from npformer import lessons, streams  # noqa: E402
 from npformer.lessons import Piece  # noqa: E402
 
 
@@ -35,7 +35,9 @@ def quote(piece: Piece) -> str:
         assert file == f"npformer/{bug.file}", f"{bug.name} is in {bug.file}"
         return definition(zoo.patched_source(bug), name, bare=True)
     file, name = first.split()
-    return definition((ROOT / file).read_text(), name, bare=more == ["less its docstring"])
+    return definition(
+        (ROOT / file).read_text(encoding="utf-8"), name, bare=more == ["less its docstring"]
+    )
 
 
 def definition(source: str, name: str, bare: bool) -> str:
@@ -57,10 +59,11 @@ def definition(source: str, name: str, bare: bool) -> str:
 
 
 def main(arguments: list[str]) -> None:
+    streams.use_utf8()
     for path in [lessons.find(int(n)) for n in arguments] or lessons.files():
-        before = path.read_text()
+        before = path.read_text(encoding="utf-8")
         after = lessons.refreshed(before, quote)
-        path.write_text(after)
+        path.write_text(after, encoding="utf-8")
         changed = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
         print(path.name, *list(changed)[2:], sep="\n")
 

@@ -45,8 +45,8 @@ class Digits(Task):
             return few[rng.integers(len(few), size=n)].tolist()
         return rng.integers(10, size=n).tolist()
 
-    def answer(self, digits: Sequence[int]) -> list[int]:
-        return list(reversed(digits)) if self.name == "reverse" else sorted(digits)
+    def answer(self, digits: Iterable[int]) -> list[int]:
+        return [*digits][::-1] if self.name == "reverse" else sorted(digits)
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         rng = np.random.default_rng([seed, step])
@@ -73,9 +73,10 @@ class Digits(Task):
                 found[tuple(digits)] = None
         return [Example(_ids(digits), [_ids(self.answer(digits))]) for digits in found]
 
-    def score(self, examples: Sequence[Example], answers: Sequence[list[int]]) -> dict[str, float]:
+    def score(self, examples: Iterable[Example], answers: Iterable[list[int]]) -> dict[str, float]:
         """exact_match over all, and over the long ones (6 digits and more) alone."""
-        right = [a in e.references for e, a in zip(examples, answers, strict=True)]
+        examples = list(examples)
+        right = [list(a) in e.references for e, a in zip(examples, answers, strict=True)]
         long = [r for e, r in zip(examples, right, strict=True) if len(e.src) >= 6]
         scores = {"exact_match": sum(right) / len(right)}
         if long:
@@ -90,7 +91,7 @@ class Digits(Task):
 
     def parse(self, text: str) -> list[int]:
         ids = self.src_vocabulary.encode(text.replace(" ", "").replace(",", "").strip())
-        return self._check_length(ids, "digits, such as 312")
+        return self._check_length(ids, text, "digits, such as 312")
 
     def format(self, ids: Iterable[int]) -> str:
         return "".join(self.tgt_vocabulary.decode(ids))

@@ -20,13 +20,13 @@ import itertools
 import lzma
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 
 import numpy as np
 
-from npformer.tasks.task import PAD, Batch, Example, Task, Vocabulary, fold, make_batch
+from npformer.tasks.task import PAD, Batch, Example, Task, Vocabulary, fold, make_batch, shown
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PHONES = (  # noqa: SIM905
@@ -142,9 +142,11 @@ class G2P(Task):
     def test(self) -> list[Example]:
         return self.examples("test")
 
-    def score(self, examples: Sequence[Example], answers: Sequence[list[int]]) -> dict[str, float]:
+    def score(self, examples: Iterable[Example], answers: Iterable[list[int]]) -> dict[str, float]:
+        examples = list(examples)
         edits = phones = wrong = 0
         for example, answer in zip(examples, answers, strict=True):
+            answer = list(answer)
             distances = [(edit_distance(answer, r), len(r)) for r in example.references]
             distance, length = min(distances, key=lambda pair: pair[0] / pair[1])
             edits, phones, wrong = edits + distance, phones + length, wrong + (distance > 0)
@@ -159,17 +161,24 @@ class G2P(Task):
         }
 
     def parse(self, text: str) -> list[int]:
-        word = text.strip().lower()
+        return self.spelled(text.strip().lower(), text)
+
+    def spelled(self, word: str, typed: str) -> list[int]:
+        """The ids of a word.  What was `typed` is what a message shows."""
         if odd := next((c for c in word if c not in LETTERS), None):
-            raise ValueError(f"{shown(text)} has {odd!r}: a word is letters a-z and apostrophes")
-        return self._check_length(self.src_vocabulary.encode(word), "a word, such as hypothesis")
+            raise ValueError(f"{shown(typed)} has {odd!r}: a word is letters a-z and apostrophes")
+        if word and not word.strip("'"):
+            raise ValueError(f"{shown(typed)} has no letter: a word is letters a-z and apostrophes")
+        ids = self.src_vocabulary.encode(word)
+        return self._check_length(ids, typed, "a word, such as hypothesis")
 
     def format(self, ids: Iterable[int]) -> str:
         return " ".join(self.tgt_vocabulary.decode(ids))
 
 
-def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
+def edit_distance(a: Iterable[int], b: Iterable[int]) -> int:
     """The fewest insertions, deletions and substitutions that make b of a   [Levenshtein 1966]."""
+    a, b = list(a), list(b)
     if a == b:  # as most answers are
         return 0
     row = list(range(len(b) + 1))  # distances from the empty prefix of a to each prefix of b
@@ -178,12 +187,6 @@ def edit_distance(a: Sequence[int], b: Sequence[int]) -> int:
         for j, y in enumerate(b, 1):
             above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (x != y))
     return row[-1]
-
-
-def shown(text: str) -> str:
-    """The text in a message: quoted, in one line, and not all of it if it is long."""
-    text = text.strip()
-    return repr(text if len(text) <= 40 else f"{text[:36]} ...")
 
 
 def make(name: str) -> G2P:

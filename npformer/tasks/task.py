@@ -1,7 +1,7 @@
 """What every task shares: special tokens, vocabularies, padded batches, held-out examples."""
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,16 +65,18 @@ class Example:
     references: list[list[int]]
 
 
-def pad(sequences: Sequence[Sequence[int]]) -> Array:
+def pad(sequences: Iterable[Iterable[int]]) -> Array:
     """Lists of ids   ->   (B, longest), filled with PAD on the right."""
+    sequences = [list(sequence) for sequence in sequences]
     ids = np.full((len(sequences), max(map(len, sequences))), PAD)
     for row, sequence in zip(ids, sequences, strict=True):
         row[: len(sequence)] = sequence
     return ids
 
 
-def make_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    return Batch(pad([src for src, _ in pairs]), pad([[SOS, *tgt, EOS] for _, tgt in pairs]))
+def make_batch(pairs: Iterable[tuple[Iterable[int], Iterable[int]]]) -> Batch:
+    pairs = list(pairs)
+    return Batch(pad(src for src, _ in pairs), pad([SOS, *tgt, EOS] for _, tgt in pairs))
 
 
 def fold(text: str, n: int) -> int:
@@ -105,7 +107,7 @@ class Task:
         """Held out, to be looked at once, at the end."""
         raise NotImplementedError
 
-    def score(self, examples: Sequence[Example], answers: Sequence[list[int]]) -> dict[str, float]:
+    def score(self, examples: Iterable[Example], answers: Iterable[list[int]]) -> dict[str, float]:
         """Fractions by name, `metric` among them."""
         raise NotImplementedError
 
@@ -126,9 +128,18 @@ class Task:
             return True
         return score < best if self.lower_is_better else score > best
 
-    def _check_length(self, ids: list[int], what: str) -> list[int]:
+    def _check_length(self, ids: list[int], text: str, what: str) -> list[int]:
+        """`text` is what was typed, `what` is expected."""
         if not ids:
-            raise ValueError(f"empty input: expected {what}")
+            raise ValueError(f"{shown(text)} is empty input: expected {what}")
         if len(ids) > self.max_src_len:
-            raise ValueError(f"{len(ids)} tokens are too many: at most {self.max_src_len}")
+            raise ValueError(
+                f"{shown(text)}: {len(ids)} tokens are too many: at most {self.max_src_len}"
+            )
         return ids
+
+
+def shown(text: str) -> str:
+    """The text in a message: quoted, in one line, and not all of it if it is long."""
+    text = text.strip()
+    return repr(text if len(text) <= 40 else f"{text[:36]} ...")

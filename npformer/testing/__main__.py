@@ -5,33 +5,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from npformer.arguments import Parser, one_line, positive_number, whole_number
+from npformer import streams
+from npformer.arguments import Parser, positive_number, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0: all agree; 1: something differs; 2: the command itself is wrong, said in one line."""
-    options = _parser().parse_args(arguments)
+    return streams.program(_parser(), arguments, _do, ValueError, TypeError)
+
+
+def _do(options: argparse.Namespace) -> int:
     try:
         from npformer.testing import cases
     except ImportError as error:
-        return _refuse(f"the kit needs {error.name}: pip install 'npformer[test]'")
-    from npformer.testing.worker import TargetError
-
-    try:
-        fixed = cases.parse_fixed(options.fix)
-        only = cases.check_operations(options.only)
-        if options.bounds:
-            return _bounds(options, only)
-        if options.check:
-            return _check(options)
-        levels = tuple(options.level or cases.LEVELS)
-        size = (options.examples, options.seed, options.dtype)
-        found = cases.make_cases(levels, *size, fixed, only)
-        return _dump(options, found) if options.dump else _run(options, found)
-    except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}")
-    except (ValueError, TypeError, TargetError) as error:
-        return _refuse(str(error))
+        raise ValueError(f"the kit needs {error.name}: pip install 'npformer[test]'") from None
+    fixed = cases.parse_fixed(options.fix)
+    only = cases.check_operations(options.only)
+    if options.bounds:
+        return _bounds(options, only)
+    if options.check:
+        return _check(options)
+    levels = tuple(options.level or cases.LEVELS)
+    size = (options.examples, options.seed, options.dtype)
+    found = cases.make_cases(levels, *size, fixed, only)
+    return _dump(options, found) if options.dump else _run(options, found)
 
 
 def _run(options: argparse.Namespace, found: list) -> int:
@@ -133,11 +130,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", metavar="FILE", help="write every verdict there as well")
     add("--overwrite", action="store_true", help="--dump: replace the cases that are there")
     return parser
-
-
-def _refuse(message: str) -> int:
-    print(f"python -m npformer.testing: {one_line(message)}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings, target
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
+from npformer.options import integer
 from npformer.testing.op_cases import (
     OP_CASES,
     OpCase,
@@ -41,6 +42,7 @@ def measure(
     n: int, seed: int = 0, dtypes: tuple[str, ...] = ("float32", "float64"), only: tuple = ()
 ) -> Iterator[Used]:
     """`n` examples of every op, or of those named in `only`, in each dtype."""
+    n, seed = integer("examples", n, 1), integer("seed", seed, 0)
     for case in OP_CASES:
         if not only or case.name.split()[0] in only:
             for dtype in dtypes:

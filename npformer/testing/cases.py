@@ -31,6 +31,7 @@ from npformer.decoder import DecoderLayer
 from npformer.encoder import EncoderLayer
 from npformer.feedforward import FeedForward
 from npformer.module import Module
+from npformer.options import integer
 from npformer.testing.conformance import GRADIENT, N_NUDGED, OUTPUT, randomise, stacked
 from npformer.testing.op_cases import OP_CASES, OpCase, in_float64
 from npformer.testing.reference import OPERATIONS, reference
@@ -70,6 +71,7 @@ def make_cases(
     fixed    fields of TransformerConfig that are not drawn: {"norm_first": False}
     only     these operations, if any are named
     """
+    n, seed = integer("examples", n, 1), integer("seed", seed, 0)
     make = {"op": op_cases, "layer": layers, "block": blocks, "model": models, "decoding": decoding}
     found = (
         case for level in levels for case in make[level](n, seed, np.dtype(dtype), fixed or {})
@@ -462,7 +464,8 @@ def _margin(arrays: Arrays, options: dict[str, Any], tokens: Array) -> float:
         length = int((answer != config.tgt_pad_id).sum())
         read = np.array([[options["sos_id"], *answer[: min(length, len(answer) - 1)]]])
         logits = model.infer(src[None], read)[0]  # (T, V)
-        logits[:, [config.tgt_pad_id, options["sos_id"]]] = -np.inf
+        never = {config.tgt_pad_id, options["sos_id"]} - {options["eos_id"]}
+        logits[:, sorted(never)] = -np.inf
         best = np.sort(logits, axis=-1)[:, -2:]
         closest = min(closest, float((best[:, 1] - best[:, 0]).min() / np.abs(best).max()))
     return closest

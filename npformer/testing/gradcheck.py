@@ -109,23 +109,23 @@ def as_op(module: Module, **kwargs: Any) -> Callable:
         n_own = len(arrays) - len(parameters)
         originals = [p.data for p in parameters]
         for parameter, value in zip(parameters, arrays[n_own:], strict=True):
-            parameter.data = value
+            parameter.bind(value, parameter.grad)
         try:
             y, backward_module = module(*arrays[:n_own], **copy.deepcopy(kwargs))
         finally:
             for parameter, original in zip(parameters, originals, strict=True):
-                parameter.data = original
+                parameter.bind(original, parameter.grad)
 
         def backward(dy):
             originals = [p.grad for p in parameters]
             for parameter in parameters:
-                parameter.grad = np.zeros(parameter.data.shape, dy.dtype)
+                parameter.bind(parameter.data, np.zeros(parameter.data.shape, dy.dtype))
             try:
                 dxs = _as_tuple(backward_module(dy))
                 return (*dxs, *(p.grad for p in parameters))
             finally:
                 for parameter, original in zip(parameters, originals, strict=True):
-                    parameter.grad = original
+                    parameter.bind(parameter.data, original)
 
         return y, backward
 

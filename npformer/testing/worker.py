@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from npformer import streams
 from npformer.testing.cases import Case
 from npformer.testing.judge import Verdict, changed, judge
 
@@ -24,7 +25,7 @@ Target = Callable[[str, dict[str, Array], dict[str, Any]], dict[str, Array]]
 START_LIMIT = 300.0  # seconds for the import: frameworks take their time
 
 
-class TargetError(Exception):
+class TargetError(ValueError):
     """There is no target: the message is one line."""
 
 
@@ -130,6 +131,7 @@ def answer_of(target: Target, case: Case) -> Verdict:
 
 def _serve(connection: Connection, spec: str, path: list[str]) -> None:
     sys.path[:] = path
+    streams.use_utf8()  # an adapter may print what it likes
     try:
         target = load_target(spec)
     except TargetError as error:
