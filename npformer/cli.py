@@ -16,12 +16,12 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
+from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
-from npformer.tasks.task import Batch, make_batch
+from npformer.tasks.task import Batch, Vocabulary, make_batch
 from npformer.transformer import Transformer
 
 GET_TORCH = "pip install 'npformer[torch]'"
@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
     )
-    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument(
+        "--out", type=path, default="runs/demo", help="folder to save to (default runs/demo)"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -89,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
-    train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    train.add_argument(
+        "--config", type=path, metavar="FILE.toml", help="tables [model], [recipe] to change"
+    )
     train.add_argument(
         "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
     )
@@ -107,9 +111,18 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--compile", action="store_true", help="for --backend torch: torch.compile each layer"
     )
-    train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
+    train.add_argument(
+        "--capture",
+        action=argparse.BooleanOptionalAction,
+        help="for --backend torch: launch each step as one CUDA graph, which small models need; it "
+        "holds the memory of a step for each of some lengths (default: on CUDA)",
+    )
+    train.add_argument(
+        "--out", type=path, metavar="DIR", help="folder to save to (default runs/TASK)"
+    )
     train.add_argument(
         "--resume",
+        type=path,
         metavar="DIR",
         help="go on with the run in this folder, for as long as it was to go on; --steps, "
         "--minutes and --patience say otherwise",
@@ -195,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
         help="width of the search (5); 1: greedy",
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
-    add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
+    add("--weights", type=path, metavar="DIR", help="a model of your own, by `npformer train g2p`")
     add(
         "--stress",
         action="store_true",
@@ -208,7 +221,12 @@ def parser() -> argparse.ArgumentParser:
         help="in the letters of the IPA.  Of words from the model in this package, which knows no "
         "stress, which vowels are ə or ɚ is a guess",
     )
-    add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
+    add(
+        "--plot",
+        type=path,
+        metavar="FILE.png",
+        help="draw which letters each sound of the word comes from",
+    )
     add(
         "--json",
         action="store_true",
@@ -226,7 +244,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
+    trace.add_argument(
+        "--out", type=path, metavar="TRACE", help="save it there, for `npformer diff`"
+    )
     trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
     trace.set_defaults(run=run_trace)
 
@@ -251,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    attention.add_argument("--out", default="attention.png", metavar="FILE.png")
+    attention.add_argument("--out", type=path, default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
     explain = commands.add_parser(
@@ -264,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    explain.add_argument("--out", default="page.html", metavar="PAGE.html")
+    explain.add_argument("--out", type=path, default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
     mask = commands.add_parser(
@@ -283,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument(
         "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
     )
-    mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
+    mask.add_argument("--file", type=path, metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
     embeddings = commands.add_parser(
@@ -293,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
         "of each pair), and the tokens in the plane that shows most of their spread.",
     )
     embeddings.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    embeddings.add_argument("--out", default="embeddings.png", metavar="FILE.png")
+    embeddings.add_argument("--out", type=path, default="embeddings.png", metavar="FILE.png")
     embeddings.set_defaults(run=run_embeddings)
 
     for command in (demo, train, check, predict, export):
@@ -404,7 +424,8 @@ def run_train(options: argparse.Namespace) -> int:
         about = {"kind": "train", "preset": options.preset or "default", "config": config.to_json()}
         about |= {"backend": options.backend or "numpy", "seed": options.seed or 0}
         about |= {"threads": options.threads, "precision": options.precision or "float32"}
-        about |= {"compile": options.compile, "plan": {"minutes": None, "patience": None}}
+        about |= {"compile": options.compile, "capture": options.capture}
+        about |= {"plan": {"minutes": None, "patience": None}}
     plan, seed = about["plan"], about["seed"]
     if options.steps or options.minutes:  # else as the run began
         plan["minutes"] = options.minutes
@@ -413,7 +434,7 @@ def run_train(options: argparse.Namespace) -> int:
         plan["patience"] = options.patience
     arguments.check_room("to train this model", presets.bytes_to_train(task, config, recipe))
     keep_freed_memory()
-    engine = (options.device, about["precision"], about["compile"])
+    engine = (options.device, about["precision"], about["compile"], about["capture"])
     with runs.locked(folder):
         if not options.resume:
             runs.claim(folder, "run", options.overwrite, f"--resume {folder}, ")
@@ -465,7 +486,7 @@ def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
     `plan` is how long it was to go on; what the command line says of that comes first.
     """
     folder = Path(options.resume)
-    earlier = {"threads": None, "precision": "float32", "compile": False}
+    earlier = {"threads": None, "precision": "float32", "compile": False, "capture": None}
     about = earlier | {"plan": {}} | training.load_run(folder)  # of an earlier version
     plan = about["plan"] = {"minutes": None, "patience": None} | about["plan"]
     has_end = about["recipe"].get("steps") != NO_LIMIT or plan["minutes"]
@@ -476,6 +497,8 @@ def _as_it_began(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"the run in {folder} has {name} {about[name]}")
     if options.compile and not about["compile"]:
         raise ValueError(f"the run in {folder} is not compiled")
+    if options.capture not in (None, about["capture"]):
+        raise ValueError("--resume goes on as it began: no --capture, no --no-capture")
     if options.preset or options.config or options.out or options.overwrite:
         raise ValueError("--resume goes on as it began: no --preset, --config, --out, --overwrite")
     return about
@@ -622,7 +645,8 @@ def run_trace(options: argparse.Namespace) -> int:
         top = float(np.abs(entry.value).max(initial=0))
         shape = f"{entry.letters or ''} {entry.shape}".strip()
         print(f"{entry.name:<{widths[0]}}  {shape:<30} max {top:<9.3g} {entry.file}:{entry.line}")
-        print(f"{'':<{widths[0]}}    {entry.formula}")
+        for line in (entry.formula, *entry.refined.splitlines()):
+            print(f"{'':<{widths[0]}}    {line}")
     print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
     if options.out:
         runs.clear(options.out, "trace")
@@ -650,7 +674,7 @@ def run_attention(options: argparse.Namespace) -> int:
     from npformer.plot import draw_attention
 
     it = _traced(options.folder, options.input)
-    if not draw_attention(it.seen, it.source, it.target, options.out):
+    if not draw_attention(it.seen, it.source, it.target, it.said, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
     print(f"{options.input} -> {' '.join(it.target[1:])}    {options.out}")
     return 0
@@ -673,6 +697,8 @@ def run_explain(options: argparse.Namespace) -> int:
         tgt=it.batch.tgt_in[0].tolist(),
         source=it.source,
         target=it.target,
+        said=it.said,
+        vocabularies=(_names(it.task.src_vocabulary), _names(it.task.tgt_vocabulary)),
         pad_ids=(c.src_pad_id, c.tgt_pad_id),
         about=about,
     )
@@ -806,6 +832,7 @@ class _Traced(NamedTuple):
     batch: Batch
     source: list[str]  # tokens
     target: list[str]  # the tokens that were read: the start, then the answer
+    said: list[str]  # and what was to be said next: the answer, then the end
 
 
 def _traced(folder: str, text: str) -> _Traced:
@@ -817,7 +844,12 @@ def _traced(folder: str, text: str) -> _Traced:
     batch = make_batch([(ids, answer)])
     seen = trace(model, batch.src, batch.tgt_in, target=batch.tgt_out)
     source, target = task.src_vocabulary.decode(ids), task.tgt_vocabulary.decode(answer)
-    return _Traced(seen, model, task, batch, source, ["start", *target])
+    return _Traced(seen, model, task, batch, source, ["start", *target], [*target, "end"])
+
+
+def _names(vocabulary: Vocabulary) -> list[str]:
+    """Every token, by id, as it is called in pictures."""
+    return ["pad", "start", "end", *vocabulary.tokens[3:]]
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:
@@ -859,10 +891,10 @@ def _invite(what: str) -> None:
 
 
 def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engine: tuple):
-    device, precision, compiled = engine
+    device, precision, compiled, captured = engine
     if backend == "numpy":
-        if precision != "float32" or compiled:
-            raise ValueError("--precision and --compile need --backend torch")
+        if precision != "float32" or compiled or captured is not None:
+            raise ValueError("--precision, --compile and --capture need --backend torch")
         if device == "cuda":
             raise ValueError("--device cuda needs --backend torch: NumPy runs on the CPU")
         try:
@@ -880,7 +912,7 @@ def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engin
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads:
         torch.set_num_threads(threads)
-    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled)
+    return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled, captured)
 
 
 def _need_torch(what: str) -> None:

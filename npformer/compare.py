@@ -13,7 +13,7 @@ n * eps * magnitude, where the magnitude is what the numbers would have been wit
 NumPy only; nothing else of ours is imported, and the arrays may come from anywhere.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,8 +26,11 @@ Bound = Any  # absolute errors: a float, or an array that broadcasts to the comp
 
 
 def eps(dtype: Any) -> float:
-    """The distance from 1 to the next number: 1.2e-7 for float32, 2.2e-16 for float64."""
-    return float(np.finfo(dtype).eps)
+    """The distance from 1 to the next number: 1.2e-7 for float32, 2.2e-16 for float64.
+
+    Also for "bfloat16", which NumPy does not have: 7.8e-3.
+    """
+    return 2.0**-7 if str(dtype) == "bfloat16" else float(np.finfo(dtype).eps)
 
 
 def tiny(dtype: Any) -> float:
@@ -72,7 +75,7 @@ def layer_norm_bound(
 
 
 def peer_bound(
-    peer32: Array, oracle64: Array, nudged64: Array, n: int, floor: float = 0.0
+    peer: Array, oracle64: Array, nudged64: Array, n: float, floor: float = 0.0, dtype: Any = None
 ) -> float:
     """2 (max|peer - oracle| + max|nudged - oracle|) + n eps max|oracle|.
 
@@ -84,17 +87,52 @@ def peer_bound(
     small by luck.
     `floor` is the largest gradient of the model: a tensor whose gradient is 0 in theory (the bias
     of k_proj) holds nothing but noise, and is measured on that scale.
+    `dtype` is what the peer was computed in, where its array cannot say: "bfloat16".
     """
-    error = _largest(peer32.astype(np.float64) - oracle64) + _largest(nudged64 - oracle64)
-    return 2 * error + n * eps(peer32.dtype) * max(_largest(oracle64), floor)
+    error = _largest(peer.astype(np.float64) - oracle64) + _largest(nudged64 - oracle64)
+    unit = eps(peer.dtype if dtype is None else dtype)
+    return 2 * error + n * unit * max(_largest(oracle64), floor)
 
 
 def peer_bounds(
-    peers: Mapping[str, Array], oracles: Mapping[str, Array], nudged: Mapping[str, Array], n: int
+    peers: Mapping[str, Array],
+    oracles: Mapping[str, Array],
+    nudged: Mapping[str, Array],
+    n: float,
+    outputs: Sequence[str] = (),
+    dtype: Any = None,
 ) -> dict[str, float]:
-    """`peer_bound` for every gradient of a model, with the largest of them all as the floor."""
-    floor = max((_largest(oracle) for oracle in oracles.values()), default=0.0)
-    return {k: peer_bound(peers[k], oracles[k], nudged[k], n, floor) for k in oracles}
+    """`peer_bound` for the outputs of a model and for every gradient, all the other names.
+
+    An output is measured on its own scale, a gradient at least on that of the largest of them all.
+    """
+    floor = max((_largest(x) for k, x in oracles.items() if k not in outputs), default=0.0)
+    return {
+        k: peer_bound(peers[k], x, nudged[k], n, 0.0 if k in outputs else floor, dtype)
+        for k, x in oracles.items()
+    }
+
+
+def roundings_of_a_step(config: Any, length: int, dtype: Any) -> float:
+    """n of `peer_bound` for a model's logits, loss and gradients, in any precision.
+
+    config   a TransformerConfig      length   the positions of its longest sequence
+
+    float32, float64: each term of a sum is rounded as it is added, so n is the longest sum.
+    Half precisions add up in float32 (torch: allow_..._reduced_precision_reduction = False) and
+    round what they store.  On its way through a layer a value is stored by each attention as q or
+    k, score, weight, mean, projection, sum with the residual and norm, by a feed-forward network
+    as two products, activation, sum and norm; besides there are the embedding, its sum with the
+    position, the last norm and the logits; and backward goes the same way.  Roundings that have
+    nothing to do with each other go up and down: r of them add up to √r, not r  [Higham & Mary
+    2019, § 3].
+    """
+    if eps(dtype) <= eps(np.float32):
+        return config.d_model + config.d_ff + length
+    n_encoder, n_decoder = config.n_encoder_layers, config.n_decoder_layers
+    attentions = n_encoder + n_decoder * (2 if n_encoder else 1)
+    forward = 7 * attentions + 5 * (n_encoder + n_decoder) + 4
+    return (2 * forward) ** 0.5
 
 
 def nudge(x: Array, rng: np.random.Generator) -> Array:
@@ -244,8 +282,8 @@ def _name_of(c: float) -> str:
     if not 1e-4 < abs(c) < 1e4:  # its powers may be out of range
         return ""
     sign = "-" if c < 0 else ""
-    if abs(c - round(c)) < 1e-6 * abs(c):
-        return ""
+    if abs(c - round(c)) < 1e-6 * abs(c) or not 1e-5 < abs(c) < 1e5:
+        return ""  # says so itself, or is none of those below
     for value, pattern in ((1 / abs(c), "1/{}"), (c**2, "√{}"), (c**-2, "1/√{}")):
         n = round(value)
         if 2 <= n <= 4096 and abs(value - n) < 1e-4 * n:

@@ -54,7 +54,7 @@ def greedy(
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
-        if not going_on.all():
+        if False in going_on:
             running = [*compress(running, going_on)]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):
@@ -103,14 +103,14 @@ def beam_search(
         # Every beginning, gone on with by every token
         extended = (scores.reshape(-1, 1) + log_p).reshape(-1, K * V)  # (B, K V)
         best = np.argsort(-extended, axis=-1, kind="stable")[:, :K]  # (B, K)
-        scores = np.take_along_axis(extended, best, axis=-1)  # (B, K)
+        row = np.arange(len(running))[:, np.newaxis]  # (B, 1)
+        scores = extended[row, best]  # (B, K)
         places = K - np.array([len(found[sample]) for sample in running])  # how wide the beam is
         scores[np.arange(K) >= places[:, np.newaxis]] = -np.inf
         beam, token = np.divmod(best, V)  # whose continuation, by what   (B, K)
-        tokens = np.take_along_axis(tokens, beam[:, :, np.newaxis], axis=1)
-        tokens = np.concatenate([tokens, token[:, :, np.newaxis]], axis=-1)  # (B, K, 1 + length)
+        tokens = np.concatenate([tokens[row, beam], token[:, :, np.newaxis]], axis=-1)
 
-        n = tokens.shape[-1] - 1
+        n = tokens.shape[-1] - 1  # tokens (B, K, 1 + n)
         is_alive = np.isfinite(scores)
         is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in zip(*np.nonzero(is_end | is_cut), strict=True):
@@ -127,7 +127,7 @@ def beam_search(
                 top = sorted((h.score for h in found[sample]), reverse=True)
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
-        rows = (np.arange(len(running))[:, np.newaxis] * K + beam)[going_on].reshape(-1)
+        rows = (row * K + beam)[going_on].reshape(-1)
         cache, running = cache.select(rows), [*compress(running, going_on)]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
@@ -167,7 +167,7 @@ def sample(
         total = p.cumsum(axis=-1)
         token = (total > rng.random((len(p), 1)) * total[:, -1:]).argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
-        if not going_on.all():
+        if False in going_on:
             running = [*compress(running, going_on)]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):

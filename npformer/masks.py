@@ -11,6 +11,9 @@ shapes from the right and stretches axes of length 1:
     causal          (T, S)
     both      (B, 1, T, S)      and the scores are (B, H, T, S): one mask serves all heads
 
+The modules take two axes, which are always (T, S), or four.  A padding mask without its ones, (B,
+S), is refused, except where B == T: there nobody can tell the two apart.
+
 `torch.nn.MultiheadAttention` means the opposite (True = may *not*); F.scaled_dot_product_attention
 means the same as we do.
 """
@@ -21,7 +24,10 @@ Array = np.ndarray
 
 
 def padding_mask(ids: Array, pad_id: int) -> Array:
-    """True at real tokens.   ids (B, S)   ->   (B, 1, 1, S)"""
+    """mask[b, 0, 0, s] = (ids[b, s] != pad_id): True at real tokens.
+
+    ids (B, S)   ->   (B, 1, 1, S)
+    """
     if ids.ndim != 2:
         raise ValueError(f"padding_mask: ids must be (B, S), got shape {ids.shape}")
     return (ids != pad_id)[:, np.newaxis, np.newaxis, :]

@@ -74,7 +74,7 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     found = checkpoint.load_json(Path(folder) / RUN)
     if not (_is_run(found) or _is_export(found)):
         raise CheckpointError(f"{Path(folder) / RUN}: does not say what was trained")
-    compiled, plan = found.get("compile"), found.get("plan", {})
+    plan = found.get("plan", {})
     for name, is_right in (
         ("task", isinstance(found["task"], str)),
         ("backend", found["backend"] in ("numpy", "torch")),
@@ -83,7 +83,8 @@ def load_run(folder: str | Path) -> dict[str, Any]:
         ("recipe", isinstance(found["recipe"], dict)),
         ("threads", found.get("threads") is None or _is_integer(found["threads"], 1)),
         ("precision", found.get("precision") in (None, "float32", "bfloat16")),
-        ("compile", compiled is None or isinstance(compiled, bool)),
+        ("compile", isinstance(found.get("compile"), bool | None)),
+        ("capture", isinstance(found.get("capture"), bool | None)),
         ("plan", isinstance(plan, dict) and all(map(_is_limit, plan.values()))),
     ):
         if not is_right:

@@ -89,10 +89,6 @@ def _checked(name: str, value: Any) -> Any:
     return options.integer(name, value, 0 if name == "average" else 1, MOST.get(name, 10**9))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 class Trainer:
     """One model, its optimizer and its random numbers, in NumPy."""
 
@@ -236,6 +232,10 @@ def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [value]  # what is no list is no count either
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
 
@@ -361,7 +361,9 @@ class _Run:
         test = _spread(task.test(), self.test_examples) if self.test_examples else task.test()
         scores = score(trainer.answer, task, test)
         results = {"ended": ended, "best_step": progress.best_step, "test_examples": len(test)}
-        checkpoint.save_json(self.folder / HISTORY, progress.history | {"test": scores})
+        checkpoint.save_json(
+            self.folder / HISTORY, progress.history | {"test": scores}, indent=None
+        )
         checkpoint.save_json(self.folder / RUN, self.about | {"results": results | scores})
         return scores
 
@@ -442,11 +444,11 @@ class _Run:
             "config": self.trainer.config.to_json(),
             "recipe": json.dumps(asdict(self.recipe)),
             "seed": str(self.about["seed"]),
-            "progress": json.dumps(asdict(self.progress)),
+            "progress": json.dumps(vars(self.progress)),
             "values": json.dumps(values),
         }
         checkpoint.save_tensors(self.folder / RESUME, tensors, metadata)
-        checkpoint.save_json(self.folder / HISTORY, self.progress.history)
+        checkpoint.save_json(self.folder / HISTORY, self.progress.history, indent=None)
 
     def _load(self) -> Progress:
         """Put the trainer where the run stopped.
@@ -456,6 +458,7 @@ class _Run:
         """
         path = self.folder / RESUME
         tensors, metadata = checkpoint.load_tensors(path)
+        checkpoint.check_finite(path, {k: x for k, x in tensors.items() if x.dtype.kind == "f"})
         with checkpoint.blame(path):
             for name in ("task", "backend", "seed"):
                 if metadata[name] != str(self.about[name]):
@@ -472,8 +475,26 @@ class _Run:
             for name, x in tensors.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = x
+            self._check_others(progress)
             self.trainer.load(parts["model"], parts["state"], parse_json(metadata["values"]))
             return progress
+
+    def _check_others(self, progress: Progress) -> None:
+        """What is read again only when the run ends: the best weights, and those to be averaged."""
+        expected = {name: x.shape for name, x in self.trainer.weights().items()}
+        if progress.best is not None:
+            config, best = checkpoint.load(self.folder)
+            checkpoint.check_finite(self.folder / checkpoint.MODEL, best)
+            with checkpoint.blame(self.folder):
+                checkpoint.check_state(expected, best)
+                if config != self.trainer.config:
+                    raise ValueError("the best checkpoint has another model configuration")
+        for step in progress.recent:
+            path = _snapshot(self.folder, step)
+            kept, _ = checkpoint.load_tensors(path)
+            with checkpoint.blame(path):
+                checkpoint.check_state(expected, kept)
+            checkpoint.check_finite(path, kept)
 
     def _keep(self) -> None:
         """The weights at this step beside those of the evaluations before it, to be averaged."""

@@ -111,6 +111,7 @@ class Transformer(Module):
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
+        """logits = decode(tgt, memory) with memory = encode(src); without a source decode(tgt)."""
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
         if src is not None and len(src) != len(tgt):
@@ -128,7 +129,7 @@ class Transformer(Module):
         return logits, backward
 
     def encode(self, src: Array, src_mask: Mask = None, rng: Rng | None = None) -> Forward:
-        """src (B, S)   ->   memory (B, S, C)"""
+        """memory = encoder(embed(src)).   src (B, S)   ->   memory (B, S, C)"""
         self._check_source(src)
         mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
         mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
@@ -145,8 +146,9 @@ class Transformer(Module):
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory
+        """logits = head(y) with y = decoder(embed(tgt), memory).
 
+        tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory
         memory_mask -> (B, H, T, S); None: all of the memory may be attended to
         """
         self._check_ids("tgt", "(B, T)", tgt)
@@ -164,6 +166,7 @@ class Transformer(Module):
         def backward(dlogits):
             if memory is None:
                 return backward_embed(backward_decoder(backward_head(dlogits)))
+            # dy = J_headᵀ dlogits;   dx, dmemory = J_decoderᵀ dy.
             dx, dmemory = backward_decoder(backward_head(dlogits))
             backward_embed(dx)
             return dmemory
@@ -186,6 +189,8 @@ class Transformer(Module):
         tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
 
         However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        A pad counts as a position, so prompts of different lengths are not continued together as
+        each is alone.
         """
         self._check_ids("tgt", "(B, T)", tgt)
         if cache.n_samples not in (None, len(tgt)):
@@ -196,9 +201,8 @@ class Transformer(Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = np.concatenate([cache.tgt_mask, known], axis=-1)  # (B, 1, 1, length + T)
-        T = tgt.shape[1]
-        mask = known if T == 1 else known & causal_mask(T, offset=offset)  # nothing comes after one
-        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        mask = known & causal_mask(tgt.shape[1], offset=offset)
+        mask = self._and("tgt_mask", tgt_mask, mask, tgt.shape[1])  # -> (B, H, T, length + T)
         with no_grad():
             x, _ = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset)
             if cache.memory_mask is None:
@@ -217,7 +221,10 @@ class Transformer(Module):
         rng: Rng | None = None,
         offset: int = 0,
     ) -> Forward:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        """x = √C E[ids] + P: the token's row times √C, plus the position's   [§ 3.4].
+
+        ids (B, T)   ->   x (B, T, C)
+        """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e, backward_embedding = embedding(ids)  # (B, T, C)
         x, backward_positions = positions(e * scale, offset)

@@ -4,8 +4,12 @@
 
 The rule is that of float32 everywhere (compare.peer_bound): weights and inputs are rounded to the
 precision, the oracle calculates with these numbers in float64, and the device may be as far from it
-as twice what the CPU is that calculates in the same precision.  TF32 is off, and said so.
+as twice what the CPU is that calculates in the same precision.  TF32 is off, and so are sums in
+half precision.  That the rule sees what it is for is shown on the CPU, with faults planted.
 """
+
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,22 +19,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import npformer
+import torchformer
 from npformer import compare
 from npformer.testing.conformance import N_NUDGED, stacked
 from npformer.testing.models import Batch, batches, configs, make_model, numpy_step
 from npformer.testing.strategies import seeds
+from torchformer import ops
 from torchformer.convert import to_torch
 
 
 @pytest.fixture(scope="module")
 def device(request):
     name = request.config.getoption("--device")
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("--device cuda: torch finds no CUDA device here")
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("--device cuda: torch finds no CUDA device here")
     return torch.device(name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sums_in_float32():
+    """What compare.roundings_of_a_step goes by; neither is so by itself."""
+    products = torch.backends.cuda.matmul
+    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
+    names += ("allow_fp16_reduced_precision_reduction",)
+    before = {name: getattr(products, name) for name in names}, torch.backends.cudnn.allow_tf32
+    for name in names:
+        setattr(products, name, False)
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    for name, value in before[0].items():
+        setattr(products, name, value)
+    torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @pytest.fixture(scope="module")
@@ -74,24 +93,21 @@ def nudged(model, batch, dtype, rng):
     return numpy_step(other, batch)
 
 
-def assert_within_the_rule(name, model, batch, device, dtype):
+def assert_within_the_rule(name, model, batch, device, dtype, planted=nullcontext):
+    """`planted` is around what is judged, and not around the peer."""
     oracle = numpy_step(model, batch)
-    found = torch_step(to_torch(model).to(dtype), batch, device)
+    with planted():
+        found = torch_step(to_torch(model).to(dtype), batch, device)
     peer = torch_step(to_torch(model).to(dtype), batch, torch.device("cpu"))
     rng = np.random.default_rng(0)
     off = stacked([nudged(model, batch, dtype, rng) for _ in range(N_NUDGED)])
-    eps = torch.finfo(dtype).eps
-    floor = max(np.abs(x).max(initial=0) for k, x in oracle.items() if k not in ("logits", "loss"))
-    c = model.config
-    n = c.d_model + c.d_ff + max(batch.tgt.shape[1], 0 if batch.src is None else batch.src.shape[1])
+    precision = str(dtype).removeprefix("torch.")
+    length = max(x.shape[1] for x in (batch.src, batch.tgt) if x is not None)
+    n = compare.roundings_of_a_step(model.config, length, precision)
+    bounds = compare.peer_bounds(peer, oracle, off, n, ("logits", "loss"), precision)
     for key, expected in oracle.items():
         assert np.isfinite(found[key]).all(), f"{name}: {key} is not finite"
-        error = np.abs(peer[key] - expected).max(initial=0)
-        error += np.abs(off[key] - expected).max(initial=0)
-        scale = np.abs(expected).max(initial=0)
-        if key not in ("logits", "loss"):
-            scale = max(scale, floor)
-        compare.assert_close(f"{name}: {key}", found[key], expected, 2 * error + n * eps * scale)
+        compare.assert_close(f"{name}: {key}", found[key], expected, bounds[key])
 
 
 @settings(max_examples=20)
@@ -110,17 +126,111 @@ def test_key_padding_at_lengths_where_kernels_have_been_wrong(length, device, dt
     """Masked attention in half precision: some fused kernels gave wrong numbers on some cards."""
     if device.type == "cpu" and length > 64:
         pytest.skip("the kernels in question are those of a GPU: pytest --device cuda")
+    model, batch = padded(length, 0, dtype)
+    assert_within_the_rule(f"length {length}", model, batch, device, dtype)
+
+
+def padded(length, seed, dtype):
+    """One layer with heads of 64, and a full, a half and an almost empty row."""
     config = npformer.TransformerConfig(
         11, 11, 128, 2, 64, 1, 1, max_len=720, activation="gelu", eps=1e-2
     )
-    model = rounded(make_model(config, 0), dtype)
-    rng = np.random.default_rng(1)
+    model = rounded(make_model(config, seed), dtype)
+    rng = np.random.default_rng([seed, 1])
     src, tgt = rng.integers(3, 11, (2, 3, length + 1))
     for row, n in enumerate((length, length // 2 + 1, 1)):
         src[row, n:] = config.src_pad_id
         tgt[row, n + 1 :] = config.tgt_pad_id
-    batch = Batch(src[:, :length], tgt, {})
-    assert_within_the_rule(f"length {length}", model, batch, device, dtype)
+    return model, Batch(src[:, :length], tgt, {})
+
+
+# --- The rule itself: what it lets pass, and what it does not -------------------------------------
+
+
+@contextmanager
+def attention_is(attention):
+    fused, ops.attention = ops.attention, attention
+    try:
+        yield
+    finally:
+        ops.attention = fused
+
+
+def written_out(q, k, v, mask=None, p=0.0, rng=None):
+    """Right, with other roundings than the fused kernels have: scores and weights are stored."""
+    return ops.attention_weights(q, k, mask) @ v
+
+
+def in_float32(q, k, v, mask=None, p=0.0, rng=None):
+    """Right, with other roundings: only the result is stored."""
+    return (ops.attention_weights(q.float(), k.float(), mask) @ v.float()).to(v.dtype)
+
+
+def flipped(q, k, v, mask=None, p=0.0, rng=None):
+    return ops.attention_weights(q, k, None if mask is None else ~mask) @ v
+
+
+def unscaled(q, k, v, mask=None, p=0.0, rng=None):
+    return ops.attention_weights(q * q.shape[-1] ** 0.5, k, mask) @ v
+
+
+def zeros(q, k, v, mask=None, p=0.0, rng=None):
+    return torch.zeros_like(q)
+
+
+HALF = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+
+
+@HALF
+@settings(max_examples=10)
+@given(st.data(), seeds, st.sampled_from([written_out, in_float32]))
+def test_the_rule_lets_right_code_pass_in_half_precision(half, data, seed, attention):
+    config = data.draw(
+        configs(activation=data.draw(st.sampled_from(["gelu", "gelu_tanh"])), eps=1e-2)
+    )
+    model, batch = rounded(make_model(config, seed), half), data.draw(batches(config))
+    right = partial(attention_is, attention)
+    assert_within_the_rule("right", model, batch, torch.device("cpu"), half, right)
+
+
+@HALF
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("attention", [written_out, in_float32])
+def test_the_rule_lets_right_code_pass_at_wide_heads(seed, attention, half):
+    model, batch = padded(16, seed, half)
+    right = partial(attention_is, attention)
+    assert_within_the_rule("right", model, batch, torch.device("cpu"), half, right)
+
+
+@HALF
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("attention", [flipped, unscaled, zeros])
+def test_the_rule_sees_a_fault_of_attention(seed, attention, half):
+    model, batch = padded(16, seed, half)
+    wrong = partial(attention_is, attention)
+    with pytest.raises(AssertionError, match="entries are out of bound"):
+        assert_within_the_rule("wrong", model, batch, torch.device("cpu"), half, wrong)
+
+
+@HALF
+@settings(max_examples=10)
+@given(st.data(), seeds)
+def test_the_rule_sees_a_device_that_returns_zeros(half, data, seed):
+    config = data.draw(configs(activation="gelu", eps=1e-2))
+    model, batch = rounded(make_model(config, seed), half), data.draw(batches(config))
+
+    @contextmanager
+    def nothing():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torchformer.Transformer, "forward", zero_logits)
+            yield
+
+    def zero_logits(model, src, tgt, **masks):
+        return 0 * forward(model, src, tgt, **masks)
+
+    forward = torchformer.Transformer.forward
+    with pytest.raises(AssertionError, match="entries are out of bound"):
+        assert_within_the_rule("zeros", model, batch, torch.device("cpu"), half, nothing)
 
 
 @settings(max_examples=10)
@@ -132,8 +242,6 @@ def test_a_device_decodes_the_tokens_of_numpy(device, data, seed):
     ids = {"src_pad_id": 0, "tgt_pad_id": 0, "share_embeddings": False}
     config = data.draw(configs(encoder=True, **ids))
     model, src = make_model(config, seed), data.draw(sources(config))
-    import torchformer
-
     twin = to_torch(model).to(device).eval()
     expected = npformer.greedy(model, src, max_len=6)
     assert torchformer.greedy(twin, torch.tensor(src, device=device), max_len=6) == expected

@@ -117,6 +117,13 @@ def test_torchformer_does_not_need_the_numpy_model():
             assert not ours(path, "npformer") & model, path
 
 
+def test_attention_of_torch_is_called_in_one_place_alone():
+    """ops.attention knows which of its kernels are right with a mask."""
+    for path in TORCHFORMER.rglob("*.py"):
+        named = {n for n in ("scaled_dot_product", "sdpa_kernel") if n in path.read_text()}
+        assert not named or path == TORCHFORMER / "ops.py", path
+
+
 def test_importing_npformer_loads_neither_torch_nor_anything_else_that_is_heavy():
     loaded = "import sys, npformer; print(*sorted(m for m in sys.modules if '.' not in m))"
     done = subprocess.run(

@@ -18,15 +18,17 @@ BOTH = [
     (option, package)
     for option, found in BY_OPTION.items()
     for package in ("npformer", "torchformer")
-    if getattr(found[0], package) is not None  # else there is no such thing there
+    if any(getattr(row, package) for row in found)  # else there is no such thing there
 ]
 
 
 @pytest.mark.parametrize(("option", "package"), BOTH)
 def test_refuses(option, package):
     for row in BY_OPTION[option]:
+        if (call := getattr(row, package)) is None:
+            continue
         with pytest.raises(row.error, match=row.message) as caught:
-            getattr(row, package)()
+            call()
         assert "\n" not in str(caught.value), row.what
 
 

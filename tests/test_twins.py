@@ -1,5 +1,7 @@
 """The whole model, NumPy against torchformer: logits, loss and the gradient of every parameter."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,11 @@ import npformer
 import torchformer
 from npformer.compare import max_norm_error
 from npformer.ops import cross_entropy
+from npformer.tasks import Batch
+from torchformer.captured import options_of
 from torchformer.convert import to_numpy, to_torch
+from torchformer.masks import CAUSAL, FULL
+from torchformer.training import add_gradients
 
 OUTPUT, GRADIENT = 1e-12, 1e-10  # the contract, in float64
 
@@ -83,6 +89,45 @@ def test_logits_loss_and_every_gradient_agree_in_float64(config, seed):
     errors = {name: max_norm_error(ours[name], g, scale) for name, g in gradients.items()}
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= GRADIENT, f"the gradient of {worst}: {errors[worst]:.2g}"
+
+
+@settings(max_examples=20)
+@given(configs(), st.integers(0, 2**32 - 1))
+def test_sources_without_a_pad_need_no_mask(config, seed):
+    """masks.FULL, as the trainers say it of a batch: no attention gets a mask that is read."""
+    config = replace(config, n_encoder_layers=config.n_encoder_layers or 1)
+    rng = np.random.default_rng(seed)
+    twin = to_torch(trained_like(config, rng)).eval()
+    twin.right_padded = True
+    src, tgt = rng.integers(1, 11, (3, 7)), rng.integers(1, 9, (3, 6))
+    tgt[2, 3:] = 0
+    seen, attention = [], torchformer.ops.attention
+
+    def watching(q, k, v, mask=None, p=0.0, rng=None):
+        seen.append(mask)
+        return attention(q, k, v, mask, p, rng)
+
+    def step(src, **options):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torchformer.ops, "attention", watching)
+            twin.zero_grad()
+            batch = torch.from_numpy(src), torch.from_numpy(tgt)
+            loss = add_gradients(twin, batch, 13, label_smoothing=0.1, **options)
+        return {"loss": loss.numpy()} | {n: p.grad.numpy() for n, p in twin.named_parameters()}
+
+    assert options_of(Batch(src, tgt)) == {"src_mask": FULL}
+    expected, masked = step(src), [isinstance(mask, torch.Tensor) for mask in seen]
+    assert masked.count(True) == config.n_encoder_layers + config.n_decoder_layers
+    found = step(src, src_mask=FULL)
+    assert not any(isinstance(mask, torch.Tensor) for mask in seen)
+    assert [mask for mask in seen if mask is not None] == [CAUSAL] * config.n_decoder_layers
+    assert abs(found.pop("loss") - expected["loss"]) <= OUTPUT * abs(expected.pop("loss"))
+    scale = max(abs(g).max() for g in expected.values())
+    for name, g in expected.items():
+        assert max_norm_error(found[name], g, scale) <= GRADIENT, name
+    src[1, 4:] = 0
+    assert options_of(Batch(src, tgt)) == {}
 
 
 @pytest.mark.parametrize("tie_head", [True, False])

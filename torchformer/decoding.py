@@ -47,7 +47,7 @@ def greedy(
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(dim=-1)  # (B,)
         going_on = goes_on[token]
-        if not going_on.all():
+        if False in going_on:
             running = [*compress(running, going_on.tolist())]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):
@@ -98,14 +98,14 @@ def beam_search(
         # Every beginning, gone on with by every token
         extended = (scores.reshape(-1, 1) + log_p).reshape(-1, K * V)  # (B, K V)
         best = torch.argsort(-extended, dim=-1, stable=True)[:, :K]  # (B, K)
-        scores = extended.gather(-1, best)  # (B, K)
+        row = torch.arange(len(running), device=device)[:, None]  # (B, 1)
+        scores = extended[row, best]  # (B, K)
         places = torch.tensor([K - len(found[sample]) for sample in running])
         scores[torch.arange(K, device=device) >= places.to(device)[:, None]] = -torch.inf
         beam, token = best // V, best % V  # whose continuation, by what   (B, K)
-        tokens = tokens.gather(1, beam[:, :, None].expand(-1, -1, tokens.shape[-1]))
-        tokens = torch.cat([tokens, token[:, :, None]], dim=-1)  # (B, K, 1 + length)
+        tokens = torch.cat([tokens[row, beam], token[:, :, None]], dim=-1)
 
-        n = tokens.shape[-1] - 1
+        n = tokens.shape[-1] - 1  # tokens (B, K, 1 + n)
         is_alive = scores.isfinite()
         is_end, is_cut = is_alive & ~goes_on[token], is_alive & (n == max_len)
         for i, k in (is_end | is_cut).nonzero().tolist():
@@ -122,7 +122,7 @@ def beam_search(
                 top = sorted((h.score for h in found[sample]), reverse=True)
                 if len(top) >= num_return_sequences and top[num_return_sequences - 1] >= hope[i]:
                     going_on[i] = False
-        rows = (torch.arange(len(running), device=device)[:, None] * K + beam)[going_on].flatten()
+        rows = (row * K + beam)[going_on].flatten()
         cache, running = cache.select(rows), [*compress(running, going_on.tolist())]
         tokens, scores = tokens[going_on], scores[going_on]
     best_first = (sorted(hypotheses, key=lambda h: -h.score) for hypotheses in found)
@@ -162,7 +162,7 @@ def sample(
         p = probabilities(logits.double(), temperature, top_k, top_p)  # (B, V)
         token = torch.multinomial(p, 1, generator=rng)[:, 0]  # (B,)
         going_on = goes_on[token]
-        if not going_on.all():
+        if False in going_on:
             running = [*compress(running, going_on.tolist())]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):

@@ -10,11 +10,15 @@ Each of that is another shape for the GPU, and a question that the CPU has to as
     everybody decodes to the end; who has ended is looked at every few tokens
 
 and on CUDA one step is one graph, launched at once.  The tokens are those of decoding.greedy.
+
+    decoder = FastDecoder(model, batch_size, room)      # once: caches and graph stay
+    first = decoder.prefill(prompt)                     # (B,): what comes after the prompt
+    tokens = decoder.decode(n_tokens)                   # (B, n_tokens): and what after that
 """
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,10 +29,13 @@ from torch import Tensor, nn
 from npformer import answers
 from npformer.answers import Ids
 from npformer.options import integer
+from torchformer import ops
 from torchformer.cache import Cache, around
+from torchformer.captured import aside, record
 from torchformer.transformer import Transformer
 
 Step = Callable[[Tensor, Tensor, int | None], Tensor]  # StaticDecoder.step
+ALIGNED = 64  # the room's length is a multiple of it: masks then lie as the kernels want them
 
 
 @torch.no_grad()
@@ -45,7 +52,7 @@ def greedy(
     """As decoding.greedy: the most likely next token until `eos_id` or `max_len` tokens.
 
     look_every   tokens between two looks whether everybody has ended: each look is a wait
-    compiled     torch.compile the step, and record it as a CUDA graph; by default on CUDA
+    compiled     torch.compile the step; by default on CUDA
     """
     max_len, sos_id, ends, never = answers.check_decoding(model, max_len, sos_id, eos_id)
     prompt = torch.full((len(src), 1), sos_id, device=src.device)
@@ -60,7 +67,7 @@ def continued(
     n_tokens: int,
     *,
     src: Tensor | None = None,
-    never: list[int] | None = None,
+    never: Sequence[int] | None = None,
     eos_id: Ids = None,
     look_every: int = 8,
     compiled: bool | None = None,
@@ -101,72 +108,154 @@ def _continued(
 ) -> Tensor:
     B, P = prompt.shape
     n_tokens, look_every = integer("n_tokens", n_tokens, 1), integer("look_every", look_every, 1)
-    answers.check_max_len(P + n_tokens - 1, model.config.max_len)
+    room = answers.check_max_len(P + n_tokens - 1, model.config.max_len)
     if B == 0:
         return prompt.new_empty((0, n_tokens))
-    logits, cache = model.step(prompt, model.start(src))  # (B, P, V)
-    is_compiled = prompt.is_cuda if compiled is None else compiled
-    is_packed = not is_compiled and n_tokens >= 16 and packing_pays(model, cache, prompt[:, -1])
-    decoder = StaticDecoder(model, cache, P + n_tokens, never, is_packed)
-    tokens = torch.full((B, n_tokens), ends[0] if ends else 0, device=prompt.device)
-    end_tokens = torch.tensor(ends, dtype=tokens.dtype, device=prompt.device)
-    token = decoder.choose(logits[:, -1], decoder.position - 1)  # (B,)
-    # Not fullgraph, nor one shape only: past dynamo's limit of shapes a step runs as it is written
-    step: Step = torch.compile(decoder.step) if is_compiled else decoder.step
-    if is_compiled and prompt.is_cuda:
-        step = Recorded(step, token, decoder.position)
-    for i in range(n_tokens):
-        tokens[:, i] = token
-        if i + 1 == n_tokens:
-            break
-        is_look = ends and i % look_every == look_every - 1
-        if is_look and torch.isin(tokens[:, : i + 1], end_tokens).any(dim=1).all():
-            break
-        # One graph needs one shape: all of the room.  Without, what is not there yet is left out
-        n_seen = None if is_compiled else P + i + 1
-        token = step(token, decoder.position, n_seen)
-        decoder.position += 1
-    not_finite = (~decoder.top.T.isfinite()).nonzero().tolist()  # the earliest position first
-    if not_finite:
-        at, sample = not_finite[0]
-        raise answers.not_finite([float(decoder.top[sample, at])], [sample], at - P + 2)
-    return tokens
+    src_len = 0 if src is None else src.shape[1]
+    decoder = FastDecoder(model, B, room, src_len=src_len, never=never, compiled=compiled)
+    return decoder.continued(prompt, n_tokens, src, ends, look_every)
 
 
-class Recorded:
-    """A step as one CUDA graph: its kernels are recorded here, and launched at once by each call.
+class FastDecoder:
+    """Decoding of one batch after the other: the caches and the recorded step are made once.
 
-    A graph reads and writes where it did when it was recorded.  So `token` is copied to its place,
-    `position` must be the same tensor, moved in place, and the result is written over next time.
-    (torch.compile's own graphs refuse: the keys and values, written in place, are no parameters.)
+    batch_size   B: of all the batches
+    room         positions of a prompt and of what follows it, less the last one, which nobody reads
+    src_len      S: the longest source, 0 for a decoder-only model; shorter ones are padded
+    never        tokens that are not chosen
+    compiled     torch.compile the step; None: on CUDA
+    recorded     the step is one CUDA graph; None: on CUDA
+
+    `recording_seconds` is what it took to compile and to record.  Changed weights are seen, but for
+    those that were laid together: call `read_weights` then.
     """
 
-    def __init__(self, step: Step, token: Tensor, position: Tensor):
-        self.token = token.clone()
-        call = partial(step, self.token, position, None)
-        self.graph, self.next = record(call)
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        room: int,
+        *,
+        src_len: int = 0,
+        never: Sequence[int] = (),
+        compiled: bool | None = None,
+        recorded: bool | None = None,
+    ):
+        if not 1 <= room <= model.config.max_len:
+            most = model.config.max_len
+            raise ValueError(f"room must be 1 to {most} positions (max_len), got {room}")
+        device = model.tgt_embedding.weight.device
+        is_cuda = device.type == "cuda"
+        is_compiled = is_cuda if compiled is None else compiled
+        is_recorded = is_cuda if recorded is None else recorded
+        # One graph needs one shape: all of the room.  Without, what is not there yet is left out
+        self.is_fixed = is_compiled or is_recorded
+        packed = not self.is_fixed and room >= 16 and packing_pays(model, batch_size)
+        self.model, self.room, self.length = model, room, 0
+        aligned = -(-room // ALIGNED) * ALIGNED if self.is_fixed else room
+        self.decoder = StaticDecoder(model, batch_size, aligned, src_len, never, packed)
+        self.token = torch.zeros(batch_size, dtype=torch.int64, device=device)  # the last one
+        # Not fullgraph, nor one shape only: past dynamo's limit of shapes it runs as it is written
+        self.step: Step = torch.compile(self.decoder.step) if is_compiled else self.decoder.step
+        self.replay: Callable[[], None] | None = None
+        started = time.perf_counter()
+        if is_recorded:
+            self._record(torch.cuda.Stream() if is_cuda else None)
+        self.recording_seconds = time.perf_counter() - started if is_recorded else 0.0
 
-    def __call__(self, token: Tensor, position: Tensor, n_seen: int | None) -> Tensor:
-        self.token.copy_(token)
-        self.graph.replay()
-        return self.next
+    def _record(self, stream: Any) -> None:
+        """The step as a graph.  It reads and writes where it does now, so all is changed in place.
+
+        (torch.compile's own graphs refuse: keys and values, written in place, are no parameters.)
+        """
+        with aside(stream):
+            for _ in range(3):  # what is made once, compiled kernels and workspaces, is made now
+                self.decoder.position.zero_()
+                self._advance(None)
+        graph, _ = record(partial(self._advance, None), stream)
+        self.replay = graph.replay
+
+    def _advance(self, n_seen: int | None) -> None:
+        self.token.copy_(self.step(self.token, self.decoder.position, n_seen))
+        self.decoder.position += 1
+
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """After an update of the model's weights."""
+        self.decoder.read_weights()
+
+    @torch.no_grad()
+    def prefill(self, prompt: Tensor, src: Tensor | None = None) -> Tensor:
+        """Begin anew: read the prompt at once, and choose what comes after it.
+
+        prompt (B, P), no pads   src (B, S), or None for a decoder-only model   ->   tokens (B,)
+        """
+        B, P = prompt.shape
+        if len(self.token) != B or not 1 <= P <= self.room:
+            expected = f"({len(self.token)}, 1 to {self.room})"
+            raise ValueError(f"prompt must be {expected}: batch_size, room; got {(B, P)}")
+        if src is not None:
+            pads = self.decoder.src_len - src.shape[1]
+            if pads < 0:
+                longest = self.decoder.src_len
+                raise ValueError(f"src has {src.shape[1]} positions, at most {longest} (src_len)")
+            src = F.pad(src, (0, pads), value=self.model.config.src_pad_id)
+        logits, cache = self.model.step(prompt, self.model.start(src))  # (B, P, V)
+        self.decoder.fill(cache, self.is_fixed)
+        self.length = P
+        self.token.copy_(self.decoder.choose(logits[:, -1], self.decoder.position - 1))
+        return self.token.clone()
+
+    @torch.no_grad()
+    def decode(self, n_tokens: int, ends: Sequence[int] = (), look_every: int = 8) -> Tensor:
+        """The `n_tokens` after the last one: one step each.   ->   tokens (B, n_tokens)
+
+        ends   once every sample has chosen one of them, the rest is left as the first of them
+        """
+        if self.length + n_tokens > self.room:
+            raise ValueError(
+                f"{n_tokens} tokens more than {self.length} do not fit into the room of {self.room}"
+            )
+        tokens = self.token.new_full((len(self.token), 1 + n_tokens), ends[0] if ends else 0)
+        tokens[:, 0] = self.token
+        end_tokens = self.token.new_tensor(ends)
+        for i in range(1, 1 + n_tokens):
+            is_look = ends and i % look_every == 0
+            if is_look and torch.isin(tokens[:, :i], end_tokens).any(dim=1).all():
+                break
+            self.length += 1
+            if self.replay:
+                self.replay()
+            else:
+                self._advance(None if self.is_fixed else self.length)
+            tokens[:, i] = self.token
+        return tokens[:, 1:]
+
+    def continued(
+        self,
+        prompt: Tensor,
+        n_tokens: int,
+        src: Tensor | None = None,
+        ends: Sequence[int] = (),
+        look_every: int = 8,
+    ) -> Tensor:
+        """prompt (B, P)   ->   tokens (B, n_tokens): prefill and decode.
+
+        Raises ValueError where the logits are not finite.
+        """
+        first = self.prefill(prompt, src)
+        tokens = torch.cat([first[:, None], self.decode(n_tokens - 1, ends, look_every)], dim=1)
+        top = self.decoder.top
+        not_finite = (~top.T.isfinite()).nonzero().tolist()  # the earliest position first
+        if not_finite:
+            at, sample = not_finite[0]
+            n = at - prompt.shape[1] + 2
+            raise answers.not_finite([float(top[sample, at])], [sample], n)
+        return tokens
 
 
-def record(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of `call`, and where its result will be.  `call` runs three times before."""
-    stream = torch.cuda.Stream()  # not the default one, which cannot be recorded
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # what is made once, compiled kernels and workspaces, is made now
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph, result
-
-
-def up_to(tokens: list[int], ends: list[int]) -> list[int]:
+def up_to(tokens: list[int], ends: Sequence[int]) -> list[int]:
     places = (i for i, token in enumerate(tokens) if token in ends)
     return tokens[: next(places, None)]
 
@@ -175,39 +264,67 @@ class StaticDecoder:
     """A model and the caches of one batch, from which `step` makes the next token.
 
     room     positions to make room for
-    never    tokens that are not chosen
-    packed   see `product`; what is compiled cannot read such weights
+    packed   see `Product`; what is compiled cannot read such weights
     """
 
     def __init__(
-        self, model: Transformer, cache: Cache, room: int, never: list[int], packed: bool = False
+        self,
+        model: Transformer,
+        batch_size: int,
+        room: int,
+        src_len: int = 0,
+        never: Sequence[int] = (),
+        packed: bool = False,
     ):
         device, dtype = model.tgt_embedding.weight.device, model.tgt_embedding.weight.dtype
-        assert cache.tgt_mask is not None  # the prompt has been read
-        self.model, self.room, self.packed = model, room, packed
-        self.position = torch.tensor([cache.length], device=device)  # of the next token
+        self.model, self.packed, self.src_len = model, packed, src_len
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)  # of the next token
         self.forbidden = torch.zeros(model.config.tgt_vocab_size, dtype=torch.bool, device=device)
-        self.forbidden[never] = True
+        self.forbidden[list(never)] = True
         # The logit of the token chosen at each position: NaN if any was   (B, room)
-        self.top = torch.zeros((len(cache.tgt_mask), room), dtype=dtype, device=device)
+        self.top = torch.zeros((batch_size, room), dtype=dtype, device=device)
         positions: Any = model.tgt_positions
         table = positions.table if hasattr(positions, "table") else positions.weight
         self.positions = table[:room].to(dtype)  # (room, C)
-        # A pad in the prompt stays masked; what is decoded here is attended to
-        B, self.has_pads = len(cache.tgt_mask), not bool(cache.tgt_mask.all())
-        self.known = torch.ones((B, 1, 1, room), dtype=torch.bool, device=device)
-        self.known[..., : cache.length] = cache.tgt_mask
         self.places = torch.arange(room, device=device)
-        self.memory_open = self.has_memory = None  # no mask: every kernel is faster without one
-        if cache.memory_mask is not None and not bool(cache.memory_mask.all()):
-            some = cache.memory_mask.any(dim=-1, keepdim=True)  # (B, 1, 1, 1)
-            self.memory_open = cache.memory_mask | ~some
-            self.has_memory = None if bool(some.all()) else some
-        self.head = product(model.head or model.tgt_embedding, packed=packed)  # tied: the table
+        yes = partial(torch.ones, dtype=torch.bool, device=device)
+        self.known, self.has_pads = yes((batch_size, 1, 1, room)), False
+        self.memory_known: Any = yes((batch_size, 1, 1, src_len)) if src_len else None
+        self.memory_mask = self.memory_known
+        self.head = Product(model.head or model.tgt_embedding, packed=packed)  # tied: the table
         self.layers = [
-            StaticLayer(layer, held, room, packed)
-            for layer, held in zip(model.decoder.layers, cache.layers, strict=True)
+            StaticLayer(layer, batch_size, room, src_len, packed) for layer in model.decoder.layers
         ]
+
+    def read_weights(self) -> None:
+        self.head.read_weights()
+        for layer in self.layers:
+            for x in vars(layer).values():
+                if isinstance(x, Product):
+                    x.read_weights()
+
+    def fill(self, cache: Cache, is_fixed: bool) -> None:
+        """Begin with what the model has made of a prompt.
+
+        A pad in it stays masked; what is decoded here is attended to.  Unless the shapes are fixed,
+        the masks are looked at: every kernel is faster without one.
+        """
+        for layer, held in zip(self.layers, cache.layers, strict=True):
+            layer.keys[:, :, : cache.length] = held.own.keys
+            layer.values[:, :, : cache.length] = held.own.values
+            if self.src_len:
+                layer.memory_keys.copy_(held.memory.keys)
+                layer.memory_values.copy_(held.memory.values)
+        self.known.fill_(True)
+        self.known[..., : cache.length] = cache.tgt_mask
+        self.position.fill_(cache.length)
+        self.top.zero_()
+        if self.src_len:
+            self.memory_known.copy_(cache.memory_mask)
+        if not is_fixed:
+            self.has_pads = not bool(self.known.all())
+            is_full = self.src_len and bool(self.memory_known.all())
+            self.memory_mask = None if is_full else self.memory_known
 
     def step(self, token: Tensor, position: Tensor, n_seen: int | None) -> Tensor:
         """token (B,) at `position` (1,)   ->   the most likely next token (B,)
@@ -222,7 +339,7 @@ class StaticDecoder:
         else:
             visible = self.known[..., :n_seen] if self.has_pads else None  # (B, 1, 1, n_seen)
         for layer in self.layers:
-            x = layer.step(x, position, n_seen, visible, self.memory_open, self.has_memory)
+            x = layer.step(x, position, n_seen, visible, self.memory_mask)
         y = model.decoder.norm(x) if model.decoder.norm else x
         return self.choose(self.head(y), position)
 
@@ -236,26 +353,25 @@ class StaticDecoder:
 class StaticLayer:
     """One decoder layer with its keys and values (B, H, room, D), written in place."""
 
-    def __init__(self, layer: Any, held: Any, room: int, packed: bool):
+    def __init__(self, layer: Any, batch_size: int, room: int, src_len: int, packed: bool):
         self.layer = layer
         own, wide = layer.self_attn, layer.feed_forward
-        self.qkv = product(own.q_proj, own.k_proj, own.v_proj, packed=packed)
-        self.own_out = product(own.out_proj, packed=packed)
-        if held.memory:
-            across = layer.cross_attn
-            self.ask = product(across.q_proj, packed=packed)
-            self.memory_out = product(across.out_proj, packed=packed)
-        self.expand = product(wide.linear1, packed=packed)
-        self.contract = product(wide.linear2, packed=packed)
-        self.keys, self.values = (self._room(x, room) for x in (held.own.keys, held.own.values))
-        self.memory: Any = held.memory
+        self.qkv = Product(own.q_proj, own.k_proj, own.v_proj, packed=packed)
+        self.own_out = Product(own.out_proj, packed=packed)
+        n_heads = own.q_proj.out_features // own.d_head
 
-    @staticmethod
-    def _room(x: Tensor, room: int) -> Tensor:
-        B, H, S, D = x.shape
-        larger = x.new_zeros((B, H, room, D))
-        larger[:, :, :S] = x
-        return larger
+        def empty(length: int) -> Tensor:
+            return own.q_proj.weight.new_zeros((batch_size, n_heads, length, own.d_head))
+
+        self.keys, self.values = empty(room), empty(room)
+        self.has_memory = src_len > 0
+        if self.has_memory:
+            across = layer.cross_attn
+            self.ask = Product(across.q_proj, packed=packed)
+            self.memory_out = Product(across.out_proj, packed=packed)
+            self.memory_keys, self.memory_values = empty(src_len), empty(src_len)
+        self.expand = Product(wide.linear1, packed=packed)
+        self.contract = Product(wide.linear2, packed=packed)
 
     def step(
         self,
@@ -263,8 +379,7 @@ class StaticLayer:
         position: Tensor,
         n_seen: int | None,
         visible: Tensor | None,
-        memory_open: Tensor | None,
-        has_memory: Tensor | None,
+        memory_mask: Tensor | None,
     ) -> Tensor:
         """x (B, C)   ->   y (B, C), as the layer makes it of the one new position."""
         layer = self.layer
@@ -276,15 +391,12 @@ class StaticLayer:
             self.keys.index_copy_(2, position, k)
             self.values.index_copy_(2, position, v)
             keys, values = self.keys[:, :, :n_seen], self.values[:, :, :n_seen]
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=visible)
+            y = ops.attention(q, keys, values, visible)
             return self.own_out(y.reshape(B, C))
 
         def ask_memory(x: Tensor) -> Tensor:
             q = self.ask(x).view(B, -1, 1, layer.cross_attn.d_head)  # (B, H, 1, D)
-            keys, values = self.memory.keys, self.memory.values
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=memory_open)
-            if has_memory is not None:
-                y = torch.where(has_memory, y, 0)
+            y = ops.attention(q, self.memory_keys, self.memory_values, memory_mask)
             return self.memory_out(y.reshape(B, C))
 
         def feed_forward(x: Tensor) -> Tensor:
@@ -292,29 +404,46 @@ class StaticLayer:
 
         norms = [layer.norm1, layer.norm2]
         x = around(look_back, x, norms[0], layer.norm_first)
-        if self.memory is not None:
+        if self.has_memory:
             x = around(ask_memory, x, norms[1], layer.norm_first)
             norms.append(layer.norm3)
         return around(feed_forward, x, norms[-1], layer.norm_first)
 
 
-def product(
-    first: nn.Linear | nn.Embedding, *others: nn.Linear, packed: bool
-) -> Callable[[Tensor], Tensor]:
+class Product:
     """x (..., C)   ->   what linears make of it, side by side, by one product.
 
     For few rows, reading the weights is most of the work.  `packed`, on the CPU: oneDNN reads them
     as they lie, where the BLAS behind F.linear rearranges them first, every time; see packing_pays.
     """
-    weight: Tensor = first.weight
-    bias: Any = first.bias if isinstance(first, nn.Linear) else None
-    if others:
-        weight = torch.cat([weight, *(part.weight for part in others)])
-        bias = torch.cat([bias, *(part.bias for part in others)])
-    if packed and can_pack(weight):
-        w, b = weight.to_mkldnn(), None if bias is None else bias.to_mkldnn()
-        return lambda x: F.linear(x.to_mkldnn(), w, b).to_dense()
-    return lambda x: F.linear(x, weight, bias)
+
+    def __init__(self, first: nn.Linear | nn.Embedding, *others: nn.Linear, packed: bool):
+        self.parts = (first, *others)
+        self.packed = packed and can_pack(first.weight)
+        self.weight = self._side_by_side("weight")
+        self.bias: Any = self._side_by_side("bias") if isinstance(first, nn.Linear) else None
+        self._pack()
+
+    def _side_by_side(self, name: str) -> Tensor:
+        parts = [getattr(part, name) for part in self.parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _pack(self) -> None:
+        if self.packed:
+            self.w = self.weight.to_mkldnn()
+            self.b = None if self.bias is None else self.bias.to_mkldnn()
+
+    def read_weights(self) -> None:
+        """In place, where they were copied: a recorded step goes on reading there."""
+        if len(self.parts) > 1:
+            self.weight.copy_(self._side_by_side("weight"))
+            self.bias.copy_(self._side_by_side("bias"))
+        self._pack()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return F.linear(x.to_mkldnn(), self.w, self.b).to_dense()
+        return F.linear(x, self.weight, self.bias)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -322,23 +451,26 @@ def can_pack(weight: Tensor) -> bool:
     return is_float32_on_cpu and torch.backends.mkldnn.is_available()
 
 
-def packing_pays(model: Transformer, cache: Cache, token: Tensor) -> bool:
-    """Is a step with packed weights the faster one, on this machine?   token (B,)
+def packing_pays(model: Transformer, batch_size: int) -> bool:
+    """Is a step with packed weights the faster one, on this machine?
 
     It depends on whose the processor is: Intel's MKL rearranges as fast as oneDNN reads, on AMD's
     oneDNN may be twice as fast.  So it is tried, once for each shape of model and batch.
     """
     if not can_pack(model.tgt_embedding.weight):
         return False
-    key = (model.config, len(token), torch.get_num_threads())
+    key = (model.config, batch_size, torch.get_num_threads())
     if key not in _PAYS:
-        n_seen = cache.length + 1
-        plain, packed = (StaticDecoder(model, cache, n_seen, [], p) for p in (False, True))
+        src_len = 1 if model.encoder else 0
+        plain, packed = (
+            StaticDecoder(model, batch_size, 1, src_len, packed=p) for p in (False, True)
+        )
+        token = torch.zeros(batch_size, dtype=torch.int64)
         times: dict[StaticDecoder, list[float]] = {plain: [], packed: []}
         for _ in range(3):
             for decoder, took in times.items():
                 start = time.perf_counter()
-                decoder.step(token, decoder.position, n_seen)
+                decoder.step(token, decoder.position, 1)
                 took.append(time.perf_counter() - start)
         _PAYS[key] = min(times[packed]) < min(times[plain])
     return _PAYS[key]

@@ -1,6 +1,6 @@
 """Who may attend to whom: boolean tensors, True = may attend, that broadcast to (B, H, T, S).
 
-The twin of npformer/masks.py.  F.scaled_dot_product_attention means the same by True;
+The twin of npformer/masks.py.  PyTorch's attention kernels mean the same by True;
 `torch.nn.MultiheadAttention` means the opposite.
 """
 
@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 CAUSAL: Any = "causal"  # causal_mask(T), which a kernel knows without reading it; and nothing else
+FULL: Any = "full"  # of sources without a pad: everybody may attend to everything
 
 
 def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
-    """True at real tokens.   ids (B, S)   ->   (B, 1, 1, S)"""
+    """mask[b, 0, 0, s] = (ids[b, s] != pad_id): True at real tokens.
+
+    ids (B, S)   ->   (B, 1, 1, S)
+    """
     if ids.ndim != 2:
         raise ValueError(f"padding_mask: ids must be (B, S), got shape {tuple(ids.shape)}")
     return (ids != pad_id)[:, None, None, :]

@@ -58,6 +58,9 @@ def attention(
     A query with nothing to attend to gets 0, as all these kernels have it since PyTorch 2.5.  `p`
     is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has to
     reach the weights, which the kernels never write down: then they are made explicitly.
+
+    A mask broadcasts from the right, whatever the leading axes mean: with q (B, H, T, D), one of
+    (B, T, S) is taken for (H, T, S) where B == H.  The modules refuse it.
     """
     p = probability("dropout: p", p)
     if rng is not None:

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -38,12 +37,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.arguments import SEEDS, STEPS, whole_number
+from npformer.config import TransformerConfig
 from npformer.options import limit
-from npformer.tasks import PAD, Batch
+from npformer.tasks import Batch
+from torchformer.captured import options_of
 from torchformer.shards import load, save
+from torchformer.training import count_targets, set_rate, train_step
 from torchformer.transformer import Transformer, as_numpy
 
 ENGINES = ("ddp", "fsdp", "tp")
+
+
+def local_rank() -> int:
+    """Its number on its machine, and so that of its device; a rank counts through all machines."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 @contextmanager
@@ -52,14 +59,14 @@ def group(device: str) -> Iterator[DeviceMesh]:
 
     Raises ValueError where a rank would have no CUDA device of its own.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
-        if torch.cuda.device_count() <= local_rank:
+        rank = local_rank()
+        if torch.cuda.device_count() <= rank:
             raise ValueError(
-                f"--device cuda: rank {local_rank} of this node has no device, there are "
+                f"--device cuda: rank {rank} of this node has no device, there are "
                 f"{torch.cuda.device_count()}"
             )
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(rank)
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
@@ -77,7 +84,7 @@ def spread(model: Transformer, engine: str, mesh: DeviceMesh) -> nn.Module:
     heads or the feed-forward width (tp).
     """
     if engine == "ddp":
-        device_ids = [mesh.get_local_rank()] if mesh.device_type == "cuda" else None
+        device_ids = [local_rank()] if mesh.device_type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids)
     if engine == "fsdp":
         for layer in layers_of(model):
@@ -131,24 +138,21 @@ def part_of(batch: Batch, engine: str) -> Batch:
     return Batch(batch.src[rank::world], batch.tgt[rank::world])
 
 
-def loss_of(logits: Tensor, targets: Tensor, engine: str, pad_id: int, smoothing: float) -> Tensor:
-    """This rank's part of the loss, in nats per target token of the whole batch.
+def share_of_targets(tgt: Tensor, engine: str) -> Tensor:
+    """What this rank divides its loss by: the targets of the whole batch, or its share of them.
 
-    ddp and fsdp average the gradients of the ranks, where a sum is meant: hence the world size.
+    ddp and fsdp average the gradients of the ranks, where a sum is meant: hence by the world size.
     """
-    n = (targets != pad_id).sum()
-    total = F.cross_entropy(
-        logits.mT, targets, ignore_index=pad_id, label_smoothing=smoothing, reduction="sum"
-    )
+    n = count_targets(tgt)
     if engine == "tp":
-        return total / n
+        return n
     dist.all_reduce(n)
-    return total * dist.get_world_size() / n
+    return n.double() / dist.get_world_size()
 
 
 def mean_loss(loss: Tensor, engine: str) -> float:
     """The loss of the whole batch, of which `loss` is this rank's part."""
-    loss = loss.detach().clone()
+    loss = loss.clone()
     if engine != "tp":
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
@@ -221,7 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     add("task", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
     add("--parallel", choices=ENGINES, default="ddp", help="what is spread (ddp)")
     add("--preset", default="default", help="model and recipe (default)")
-    add("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    add(
+        "--config",
+        type=arguments.path,
+        metavar="FILE.toml",
+        help="tables [model], [recipe] to change",
+    )
     add("--steps", type=whole_number(1, STEPS), help="instead of the recipe's")
     add("--seed", type=whole_number(0, SEEDS - 2**20), default=0)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -276,7 +285,9 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     )
     first = 1
     if options.resume:
-        first = 1 + load(folder / runs.SHARDS, spread_model, optimizer)
+        _check_it_is_that_run(folder, about)
+        if (folder / runs.SHARDS).exists():  # else it was killed before its first save
+            first = 1 + load(folder / runs.SHARDS, spread_model, optimizer)
     elif is_first:
         runs.clear(folder, "run")
         checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
@@ -290,14 +301,17 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     for step in range(first, total + 1):
         batch = part_of(task.batch(step, recipe.batch_size, options.seed), options.parallel)
         src, tgt = (torch.as_tensor(ids).to(options.device) for ids in batch)
-        logits = spread_model(src, tgt[:, :-1])
-        loss = loss_of(logits, tgt[:, 1:], options.parallel, PAD, recipe.label_smoothing)
-        optimizer.zero_grad()
-        loss.backward()
-        clip_grad_norm(parameters, recipe.clip)
-        for each in optimizer.param_groups:
-            each["lr"] = schedule(step)
-        optimizer.step()
+        set_rate(optimizer, schedule(step))
+        loss = train_step(
+            spread_model,
+            (src, tgt),
+            optimizer,
+            share_of_targets(tgt, options.parallel),
+            label_smoothing=recipe.label_smoothing,
+            clip=recipe.clip,
+            clip_grad_norm=clip_grad_norm,
+            **options_of(batch),
+        )
         if step % max(1, total // 20) == 0 or step == total:
             loss = mean_loss(loss, options.parallel)
             if is_first:
@@ -308,3 +322,21 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     if is_first:
         checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
         print(f"Next: npformer predict {folder} ...    npformer check {folder}", flush=True)
+
+
+def _check_it_is_that_run(folder: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError unless the run to resume is of this task, seed, model and recipe.
+
+    Engine and ranks may be others, and so may the number of steps.
+    """
+    before = runs.load_run(folder)
+    for name in ("task", "backend", "seed"):
+        if before[name] != about[name]:
+            raise ValueError(f"the run in {folder} has the {name} {before[name]}")
+    with checkpoint.blame(folder / runs.RUN):
+        config = TransformerConfig.from_json(before["config"])
+        recipe = asdict(training.Recipe(**before["recipe"]))
+    ours = asdict(TransformerConfig.from_json(about["config"])) | about["recipe"]
+    for name, value in (asdict(config) | recipe).items():
+        if name != "steps" and ours[name] != value:
+            raise ValueError(f"the run in {folder} has {name} {value}, not {ours[name]}")

@@ -28,7 +28,7 @@ from torchformer.attention import check_heads_mask
 from torchformer.cache import Cache, LayerCache
 from torchformer.decoder import Decoder, DecoderLayer
 from torchformer.encoder import Encoder, EncoderLayer
-from torchformer.masks import CAUSAL, causal_mask, padding_mask
+from torchformer.masks import CAUSAL, FULL, causal_mask, padding_mask
 from torchformer.ops import Mask
 from torchformer.positional import LearnedPositions, SinusoidalPositions
 
@@ -48,7 +48,9 @@ class Transformer(nn.Module):
 
     Set `right_padded` where the targets' pads all stand at the end: the causal mask then hides them
     from every token by itself, and goes to kernels that know it without reading it.  Logits at the
-    tokens and all gradients of a loss that ignores pads are the same.
+    tokens and all gradients of a loss that ignores pads are the same.  For the same reason give
+    src_mask=masks.FULL where no source has a pad: who makes the batch knows, and to ask the device
+    would be to wait for it.
     """
 
     right_padded = False
@@ -140,6 +142,7 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
+        """logits = decode(tgt, memory) with memory = encode(src); without a source decode(tgt)."""
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
         if src is not None and len(src) != len(tgt):
@@ -147,14 +150,17 @@ class Transformer(nn.Module):
         if src is None:
             return self.decode(tgt, None, None, tgt_mask, rng)
         memory = self.encode(src, src_mask, rng)  # (B, S, C)
-        memory_mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+        memory_mask = None if src_mask is FULL else padding_mask(src, self.config.src_pad_id)
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
-        """src (B, S)   ->   memory (B, S, C)"""
+        """memory = encoder(embed(src)).   src (B, S)   ->   memory (B, S, C)"""
         self._check_source(src)
-        mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
-        mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
+        if src_mask is FULL:
+            mask = None  # every kernel is faster without one
+        else:
+            mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
+            mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
         embedding = self.src_embedding or self.tgt_embedding
         x = self.embed(src, embedding, self.src_positions, rng)  # (B, S, C)
         return self.encoder(x, mask, rng)
@@ -167,8 +173,9 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
+        """logits = head(y) with y = decoder(embed(tgt), memory).
 
+        tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
         memory_mask -> (B, H, T, S); None: all of the memory may be attended to
         """
         self._check_ids("tgt", "(B, T)", tgt)
@@ -205,6 +212,8 @@ class Transformer(nn.Module):
         tgt (B, T)   tgt_mask -> (B, H, T, length + T)   ->   logits (B, T, V), cache
 
         However a sequence is cut into steps, the logits are those of `infer` on the whole of it.
+        A pad counts as a position, so prompts of different lengths are not continued together as
+        each is alone.  Dropout is off, in training as well.
         """
         self._check_ids("tgt", "(B, T)", tgt)
         if cache.n_samples not in (None, len(tgt)):
@@ -215,10 +224,8 @@ class Transformer(nn.Module):
         known = padding_mask(tgt, self.config.tgt_pad_id)  # (B, 1, 1, T)
         if cache.tgt_mask is not None:
             known = torch.cat([cache.tgt_mask, known], dim=-1)  # (B, 1, 1, length + T)
-        T, mask = tgt.shape[1], known
-        if T > 1:  # nothing comes after one
-            mask = known & causal_mask(T, offset=offset, device=tgt.device)
-        mask = self._and("tgt_mask", tgt_mask, mask, T)  # -> (B, H, T, length + T)
+        causal = causal_mask(tgt.shape[1], offset=offset, device=tgt.device)
+        mask = self._and("tgt_mask", tgt_mask, known & causal, tgt.shape[1])
         x = self.embed(tgt, self.tgt_embedding, self.tgt_positions, offset=offset, p=0.0)
         if cache.memory_mask is None:
             y, layers = self.decoder.step(x, cache.layers, mask)  # (B, T, C)
@@ -236,8 +243,9 @@ class Transformer(nn.Module):
         offset: int = 0,
         p: float | None = None,
     ) -> Tensor:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]
+        """x = √C E[ids] + P: the token's row times √C, plus the position's   [§ 3.4].
 
+        ids (B, T)   ->   x (B, T, C)
         p   of dropout; None: that of the config, in training
         """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0

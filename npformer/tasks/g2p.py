@@ -26,7 +26,7 @@ from importlib import resources
 
 import numpy as np
 
-from npformer.tasks.task import Batch, Example, Task, Vocabulary, fold, make_batch, shown
+from npformer.tasks.task import PAD, Batch, Example, Task, Vocabulary, fold, make_batch, shown
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PHONES = (  # noqa: SIM905
@@ -110,6 +110,11 @@ class G2P(Task):
         pairs = [(e.src, tgt) for e in self.examples("train") for tgt in e.references]
         return sorted(pairs, key=lambda pair: len(pair[0]))
 
+    @cache  # noqa: B019
+    def _table(self) -> Batch:
+        """The pairs once more, padded, a byte for an id: a batch is some of the rows."""
+        return Batch(*(ids.astype(np.uint8) for ids in make_batch(self._pairs())))
+
     def steps_per_epoch(self, size: int) -> int:
         return -(-len(self._pairs()) // size)
 
@@ -119,12 +124,14 @@ class G2P(Task):
         key = (seed, epoch, size)
         if key not in self._epochs:
             self._epochs = {key: self._bucket(*key)}  # the epoch before is done with
-        return make_batch([self._pairs()[j] for j in self._epochs[key][i]])
+        rows = [table[self._epochs[key][i]] for table in self._table()]
+        # The pads are on the right: as wide as the longest row
+        return Batch(*(ids[:, (ids != PAD).any(axis=0)].astype(int, order="C") for ids in rows))
 
     def _bucket(self, seed: int, epoch: int, size: int) -> list[np.ndarray]:
         """The epoch's batches: lengths jittered by a letter or so, sorted, cut, and shuffled."""
         rng = np.random.default_rng([seed, epoch])
-        lengths = np.array([len(src) for src, _ in self._pairs()])
+        lengths = (self._table().src != PAD).sum(axis=1)
         order = np.argsort(lengths + 1.5 * rng.random(len(lengths)))
         batches = np.array_split(order, self.steps_per_epoch(size))
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -172,6 +179,8 @@ class G2P(Task):
 def edit_distance(a: Iterable[int], b: Iterable[int]) -> int:
     """The fewest insertions, deletions and substitutions that make b of a   [Levenshtein 1966]."""
     a, b = list(a), list(b)
+    if a == b:  # as most answers are
+        return 0
     row = list(range(len(b) + 1))  # distances from the empty prefix of a to each prefix of b
     for i, x in enumerate(a, 1):
         above_left, row[0] = row[0], i

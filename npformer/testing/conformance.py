@@ -179,9 +179,7 @@ def assert_as_exact_as_a_peer(
 ) -> None:
     """float32: `compare.peer_bound` for each output and for every gradient."""
     __tracebackhide__ = True
-    gradients = [key for key in oracle if key not in outputs]
-    bounds = {k: compare.peer_bound(peer[k], oracle[k], nudged[k], n) for k in outputs}
-    bounds |= compare.peer_bounds(peer, {k: oracle[k] for k in gradients}, nudged, n)
+    bounds = compare.peer_bounds(peer, oracle, nudged, n, outputs)
     demand(name, compare.compare_tensors(actual, oracle, bounds))
 
 

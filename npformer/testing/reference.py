@@ -214,7 +214,8 @@ def _greedy(a: Arrays, o: Options) -> Arrays:
     for t in range(o["max_len"]):
         sos = np.full((n_samples, 1), o["sos_id"])
         logits = model.infer(a["src"], np.concatenate([sos, tokens[:, :t]], axis=1))[:, -1]
-        logits[:, [pad, o["sos_id"]]] = -np.inf  # never chosen
+        never = [token for token in (pad, o["sos_id"]) if token != o["eos_id"]]
+        logits[:, never] = -np.inf
         chosen = logits.argmax(axis=-1)
         running &= chosen != o["eos_id"]
         tokens[:, t] = np.where(running, chosen, pad)

@@ -128,7 +128,10 @@ def paddings(draw, B: int, S: int) -> Array:
 
 @st.composite
 def masks(draw, leading: Shape, T: int, S: int) -> Array | None:
-    """A mask that broadcasts to (*leading, T, S): padding, causal, random, dead rows, or none."""
+    """A mask that broadcasts to (*leading, T, S): padding, causal, random, dead rows, or none.
+
+    With leading (B, H) it is one that modules take: (T, S) or (B or 1, H or 1, T or 1, S).
+    """
     kind = draw(st.sampled_from(["none", "padding", "causal", "both", "random", "dead rows"]))
     if kind == "none":
         return None

@@ -252,7 +252,7 @@ def greedy(t, o):
         sos = torch.full((B, 1), o["sos_id"])
         # A pad that ends a sample is never read by the others; it only must have one key to see.
         last = logits(t, torch.cat([sos, tokens[:, :i]], dim=1), c)[:, -1]
-        last[:, [c["tgt_pad_id"], o["sos_id"]]] = -torch.inf
+        last[:, [i for i in (c["tgt_pad_id"], o["sos_id"]) if i != o["eos_id"]]] = -torch.inf
         chosen = last.argmax(dim=-1)
         running &= chosen != o["eos_id"]
         tokens[:, i] = torch.where(running, chosen, c["tgt_pad_id"])
