@@ -338,9 +338,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
         # Over the rows, dweight = Σ dy * xhat and dbias = Σ dy.
         dy_rows = dy.reshape(-1, C)  # (N, C)
         dy_xhat = dy_rows * xhat
-        share = weight / C  # (C,)
-        dmean = dy_rows @ share  # (N,): the mean of dxhat, by a matrix-vector product
-        dvariance = dy_xhat @ share  # (N,)
+        dmean = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
+        dvariance = dy_xhat @ (weight / C)  # (N,)
         dx = dy_rows * weight  # (N, C)
         dx -= xhat * dvariance[:, np.newaxis]
         dx -= dmean[:, np.newaxis]

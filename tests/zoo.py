@@ -294,9 +294,9 @@ ZOO = [
         "gamma-outside-the-means",
         "[measured] dx = γ rstd (dy - mean(dy) - ...): γ belongs inside the means",
         "ops.py",
-        ("dmean = dy_rows @ share", "dmean = weight * (dy_rows.sum(axis=-1) / C)[:, None]"),
+        ("dmean = dy_rows @ (weight / C)", "dmean = weight * (dy_rows.sum(axis=-1) / C)[:, None]"),
         (
-            "dvariance = dy_xhat @ share",
+            "dvariance = dy_xhat @ (weight / C)",
             "dvariance = weight * (dy_xhat.sum(axis=-1) / C)[:, None]",
         ),
         ("dx -= xhat * dvariance[:, np.newaxis]", "dx -= xhat * dvariance"),
