@@ -17,7 +17,7 @@ from tests.fuzz.runner import fuzz
 from tests.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
-N = {"checkpoints": 50, "resumes": 20, "shards": 30, "traces": 30, "kit": 20, "commands": 20}
+N = {"checkpoints": 40, "resumes": 12, "shards": 20, "traces": 20, "kit": 15, "commands": 20}
 
 
 def said(findings):
