@@ -21,7 +21,7 @@ from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
-from npformer.tasks.task import Batch, make_batch
+from npformer.tasks.task import Batch, Vocabulary, make_batch
 from npformer.transformer import Transformer
 
 GET_TORCH = "pip install 'npformer[torch]'"
@@ -645,7 +645,8 @@ def run_trace(options: argparse.Namespace) -> int:
         top = float(np.abs(entry.value).max(initial=0))
         shape = f"{entry.letters or ''} {entry.shape}".strip()
         print(f"{entry.name:<{widths[0]}}  {shape:<30} max {top:<9.3g} {entry.file}:{entry.line}")
-        print(f"{'':<{widths[0]}}    {entry.formula}")
+        for line in (entry.formula, *entry.refined.splitlines()):
+            print(f"{'':<{widths[0]}}    {line}")
     print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
     if options.out:
         runs.clear(options.out, "trace")
@@ -673,7 +674,7 @@ def run_attention(options: argparse.Namespace) -> int:
     from npformer.plot import draw_attention
 
     it = _traced(options.folder, options.input)
-    if not draw_attention(it.seen, it.source, it.target, options.out):
+    if not draw_attention(it.seen, it.source, it.target, it.said, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
     print(f"{options.input} -> {' '.join(it.target[1:])}    {options.out}")
     return 0
@@ -696,6 +697,8 @@ def run_explain(options: argparse.Namespace) -> int:
         tgt=it.batch.tgt_in[0].tolist(),
         source=it.source,
         target=it.target,
+        said=it.said,
+        vocabularies=(_names(it.task.src_vocabulary), _names(it.task.tgt_vocabulary)),
         pad_ids=(c.src_pad_id, c.tgt_pad_id),
         about=about,
     )
@@ -829,6 +832,7 @@ class _Traced(NamedTuple):
     batch: Batch
     source: list[str]  # tokens
     target: list[str]  # the tokens that were read: the start, then the answer
+    said: list[str]  # and what was to be said next: the answer, then the end
 
 
 def _traced(folder: str, text: str) -> _Traced:
@@ -840,7 +844,12 @@ def _traced(folder: str, text: str) -> _Traced:
     batch = make_batch([(ids, answer)])
     seen = trace(model, batch.src, batch.tgt_in, target=batch.tgt_out)
     source, target = task.src_vocabulary.decode(ids), task.tgt_vocabulary.decode(answer)
-    return _Traced(seen, model, task, batch, source, ["start", *target])
+    return _Traced(seen, model, task, batch, source, ["start", *target], [*target, "end"])
+
+
+def _names(vocabulary: Vocabulary) -> list[str]:
+    """Every token, by id, as it is called in pictures."""
+    return ["pad", "start", "end", *vocabulary.tokens[3:]]
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:
