@@ -96,7 +96,7 @@ def memory() -> float:
     with suppress(AttributeError, ValueError, OSError):  # Windows
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     with suppress(OSError, TypeError):  # what others leave
-        text = Path("/proc/meminfo").read_text()
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
         found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]))  # type: ignore
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no container, or one without a limit

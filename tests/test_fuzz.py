@@ -48,6 +48,13 @@ def test_no_mutation_of_a_few_does_harm(what):
     assert codes[2] > N[what] / 4  # most of what is broken is noticed
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("what", N)
+def test_no_mutation_of_many_does_harm(what):
+    findings, _ = fuzz(what, 1000, seed=1, workers=os.cpu_count() or 1)
+    assert not findings, said(findings)
+
+
 def escapes(path, *_):
     raise ZeroDivisionError
 
