@@ -278,9 +278,19 @@ ALONE = replace(CONFIG, n_encoder_layers=0, max_len=9)
 )
 def test_prompts_of_different_lengths_are_refused(prompt):
     """On either side: the next token came after the pads, and the positions counted them."""
-    twin = to_torch(make_model(ALONE, 0)).eval()
-    with pytest.raises(ValueError, match=r"prompt has pads .* continue those of one length"):
-        fast.continued(twin, torch.tensor(prompt), 3)
+    twin, ids = to_torch(make_model(ALONE, 0)).eval(), torch.tensor(prompt)
+    with pytest.raises(ValueError, match=r"prompt has pads, .* continue those of one length"):
+        fast.continued(twin, ids, 3)
+    with pytest.raises(ValueError, match=r"prompt has pads, .* continue those of one length"):
+        fast.FastDecoder(twin, len(ids), 6).continued(ids, 3)
+
+
+def test_a_start_that_is_the_pad_is_no_padding():
+    model = make_model(CONFIG, 0)
+    twin, src = to_torch(model).eval(), np.array([[3, 4], [5, 0]])
+    expected = npformer.greedy(model, src, max_len=5, sos_id=0)
+    assert fast.greedy(twin, torch.tensor(src), max_len=5, sos_id=0) == expected
+    assert decoding.greedy(twin, torch.tensor(src), max_len=5, sos_id=0) == expected
 
 
 def test_a_pad_that_is_chosen_would_not_be_attended_to_so_none_is():
