@@ -232,7 +232,8 @@ def assert_chooses_what_the_model_does(device, dtype, compiled):
         if S > 3:
             src[1, 2:] = 0
             prompt[0, 1] = 0
-        tokens = decoder.continued(prompt, 20, src)
+        first = decoder.prefill(prompt, src)  # `continued` refuses pads
+        tokens = torch.cat([first[:, None], decoder.decode(19)], dim=1)
         read = torch.cat([prompt, tokens], dim=1)
         logits = twin.infer(src, read[:, :-1])[:, S - 1 :].float()  # (2, 20, V)
         logits[..., :2] = -torch.inf

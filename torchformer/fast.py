@@ -185,7 +185,7 @@ class FastDecoder:
     def prefill(self, prompt: Tensor, src: Tensor | None = None) -> Tensor:
         """Begin anew: read the prompt at once, and choose what comes after it.
 
-        prompt (B, P), no pads   src (B, S), or None for a decoder-only model   ->   tokens (B,)
+        prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B,)
         """
         B, P = prompt.shape
         if len(self.token) != B or not 1 <= P <= self.room:
@@ -241,9 +241,7 @@ class FastDecoder:
         Raises ValueError for a pad in the prompt, and where the logits are not finite.
         """
         is_pad = prompt == self.model.config.tgt_pad_id
-        is_start = prompt.shape[1] == 1 and bool(
-            is_pad.all()
-        )  # of a model whose answers start with the pad
+        is_start = is_pad.shape[1] == 1 and bool(is_pad.all())  # answers may start with the pad
         if bool(is_pad.any()) and not is_start:
             raise ValueError(
                 "prompt has pads, so its rows differ in length, and would not be continued as each "
