@@ -182,7 +182,8 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
     x (..., S)   mask broadcastable to x, by NumPy's rules   ->   y (..., S)
 
     Masked entries are exactly 0.  A row with nothing left to attend to is all 0, and so is its
-    gradient: never NaN, and never the uniform row that a -1e9 fill gives.
+    gradient, never the uniform row that a -1e9 fill gives.  A mask hides no NaN, as in torch's
+    kernels, where -inf is added to what is masked: one NaN in x, masked or not, makes its row NaN.
     """
     _check_floats("softmax", x=x)
     _check_last_axis("softmax", "x", x, "S")
@@ -215,7 +216,8 @@ def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
         if mask is not None:
             e *= mask
         return e
-    scores = x if mask is None else np.where(mask, x, -np.inf)
+    # -inf where masked; NaN - inf is NaN, so a NaN there stays
+    scores = x if mask is None else x - np.where(mask, x.dtype.type(0), np.inf)
     top = scores.max(axis=-1, keepdims=True)
     e = np.exp(scores - np.maximum(top, np.finfo(x.dtype).min))  # finite, even where all masked
     return e
@@ -249,8 +251,8 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     shape = x.shape
 
     def backward(dy):
-        # dx = dy where the mask is False, and 0 where x was overwritten.
-        dx = unbroadcast(dy * ~mask, shape)
+        # dx = dy where the mask is False, and 0 where x was overwritten, by NaN as well.
+        dx = unbroadcast(np.where(mask, 0.0, dy), shape)
         return dx
 
     return y, backward
@@ -290,6 +292,8 @@ def attention(
 
     A mask broadcasts by NumPy's rules, from the right, whatever the leading axes mean: with q
     (B, H, T, D), one of (B, T, S) is taken for (H, T, S) where B == H.  The modules refuse it.
+
+    A masked key has weight 0, but 0 · NaN is NaN: a NaN in its key or value reaches every query.
     """
     _check_values(k, v)
     weights, backward_weights = attention_weights(q, k, mask)  # (..., T, S)
@@ -334,8 +338,9 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
         # Over the rows, dweight = Σ dy * xhat and dbias = Σ dy.
         dy_rows = dy.reshape(-1, C)  # (N, C)
         dy_xhat = dy_rows * xhat
-        dmean = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
-        dvariance = dy_xhat @ (weight / C)  # (N,)
+        share = weight / C  # (C,)
+        dmean = dy_rows @ share  # (N,): the mean of dxhat, by a matrix-vector product
+        dvariance = dy_xhat @ share  # (N,)
         dx = dy_rows * weight  # (N, C)
         dx -= xhat * dvariance[:, np.newaxis]
         dx -= dmean[:, np.newaxis]
@@ -346,14 +351,18 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
 
 
 def relu(x: Array) -> Forward:
-    """y = max(x, 0); the gradient at 0 is 0, as in torch.   x (...)   ->   y (...)"""
+    """y = max(x, 0); the gradient at 0 is 0, at NaN dy, as in torch.   x (...)   ->   y (...)
+
+    Where x < 0 a NaN in dy stays: it is multiplied by 0.  (torch puts 0 there.)
+    """
     _check_floats("relu", x=x)
     zeros = np.zeros(x.shape[-1:], x.dtype)  # a row of them: a scalar costs 2.5 times as much
     y = np.maximum(x, zeros)
 
     def backward(dy):
-        # dx = dy where x > 0, else 0.  A product is ten times as fast as indexing with x > 0.
-        dx = dy * (y > 0)
+        # dx = dy where x > 0, else 0; where x is NaN, so is y, and dy goes on as in torch.
+        # A product is ten times as fast as indexing with the condition.
+        dx = dy * (y != 0)
         return dx
 
     return y, backward
@@ -448,7 +457,8 @@ def cross_entropy(
     t = (1 - ε) onehot + ε / V with ε = label_smoothing   [Szegedy et al. 2016, § 7], as in torch.
     The mean is over the targets that are not `ignore_index`.  `n_targets` overrides their number:
     a step split into micro-batches gives every part the count of the whole step, and the parts'
-    losses and gradients then add up to the whole's.  No target at all: the loss is NaN, as in
+    losses and gradients then add up to the whole's.  An ignored row is ignored whatever is in it,
+    NaN among it (torch's gradient there would be NaN).  No target at all: the loss is NaN, as in
     torch, the gradient 0, and a warning says so.
     """
     _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targets)

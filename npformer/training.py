@@ -480,10 +480,11 @@ class _Run:
             return progress
 
     def _check_others(self, progress: Progress) -> None:
-        """What the run reads again only when it ends: the best weights and those to average."""
+        """What is read again only when the run ends: the best weights, and those to be averaged."""
         expected = {name: x.shape for name, x in self.trainer.weights().items()}
         if progress.best is not None:
             config, best = checkpoint.load(self.folder)
+            checkpoint.check_finite(self.folder / checkpoint.MODEL, best)
             with checkpoint.blame(self.folder):
                 checkpoint.check_state(expected, best)
                 if config != self.trainer.config:

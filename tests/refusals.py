@@ -1,6 +1,7 @@
 """What is refused where, and in which words: the rows of the table of test_refusals.py."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,9 +36,11 @@ def rows(
     def given(call, value):
         return call and (lambda: call(value))
 
+    # Without places in memory, which differ from one process of pytest-xdist to the other
+    names = [f"{what} {re.sub(r' at 0x[0-9A-Fa-f]+', '', repr(value))}" for value in values]
     return [
-        Row(f"{what} {value!r}", given(npformer, value), given(torchformer, value), message, error)
-        for value in values
+        Row(name, given(npformer, value), given(torchformer, value), message, error)
+        for name, value in zip(names, values, strict=True)
     ]
 
 

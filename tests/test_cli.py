@@ -1,6 +1,8 @@
 """The command line as a user runs it."""
 
+import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -31,18 +33,35 @@ dev_examples = 8
 
 
 def run(*arguments, cwd, code=0, stdin=None, env=None):
-    done = subprocess.run(
-        [sys.executable, "-m", "npformer", *map(str, arguments)],
-        cwd=cwd,
-        input=stdin,
-        capture_output=True,
-        timeout=300,
-        env={**os.environ, **(env or {})},
-    )
-    out, err = done.stdout.decode(), done.stderr.decode()
-    assert done.returncode == code, f"exit code {done.returncode}\n{out}\n{err}"
+    """What `npformer ...` prints.  A process of its own only where it is given an input or an
+    environment: to import torch takes longer than what is asked."""
+    arguments = [str(x) for x in arguments]
+    if stdin is None and env is None:
+        found, out, err = here(arguments, cwd)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-m", "npformer", *arguments],
+            cwd=cwd,
+            input=stdin,
+            capture_output=True,
+            timeout=300,
+            env={**os.environ, **(env or {})},
+        )
+        found, out, err = done.returncode, done.stdout.decode(), done.stderr.decode()
+    assert found == code, f"exit code {found}\n{out}\n{err}"
     assert "Traceback" not in err
     return out, err
+
+
+def here(arguments, cwd):
+    """Exit code, stdout and stderr of the command in this process."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(arguments)
+        except SystemExit as stop:  # argparse, after --help
+            code = stop.code
+    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +97,16 @@ def test_check_and_predict(trained):
     assert json.loads(out)[0]["input"] == "312"
 
 
-def test_check_sees_a_twin_that_differs(trained, tmp_path):
+def test_check_sees_a_twin_that_differs(trained, monkeypatch):
     """A torchformer with a wrong feed-forward layer: exit code 1, and the line says disagree."""
-    code = (
-        "import torchformer.feedforward as f, sys, npformer.cli\n"
-        "f.FeedForward.forward = lambda self, x, rng=None: 1.001 * self.linear2("
-        "self.activation(self.linear1(x)))\n"
-        "sys.exit(npformer.cli.main(['check', 'runs/sort']))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=trained, capture_output=True)
-    assert done.returncode == 1
-    assert done.stdout.decode().strip().splitlines()[-1].startswith("disagree:")
+    from torchformer.feedforward import FeedForward
+
+    def wrong(self, x, rng=None):
+        return 1.001 * self.linear2(self.activation(self.linear1(x)))
+
+    monkeypatch.setattr(FeedForward, "forward", wrong)
+    out, _ = run("check", "runs/sort", cwd=trained, code=1)
+    assert out.strip().splitlines()[-1].startswith("disagree:")
 
 
 def test_resume_goes_on(trained):
@@ -318,6 +336,13 @@ def test_a_broken_checkpoint_is_refused_and_left_as_it_is(folder, capsys, what):
 RESUMES = {
     "nothing to go on from": (remove("resume.safetensors"), [], "safetensors: no such file"),
     "half of the state": (cut("resume.safetensors"), [], "resume.safetensors: "),
+    "half of the best weights": (cut("model.safetensors"), [], "model.safetensors: "),
+    "best weights of something else": (
+        foreign_tensors("model.safetensors"),
+        [],
+        "has unknown 'resnet",
+    ),
+    "another config beside them": (change_config, [], "config.json: not the configuration that"),
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
         [],

@@ -47,9 +47,10 @@ def test_every_model_goes_there_and_back_bit_for_bit(config, seed, ours, theirs)
     assert type(back) is npformer.Transformer
     assert back.config == config
     assert back.dtype == np.dtype(ours)
+    found = back.state_dict()
     for name, x in model.state_dict().items():
-        assert back.state_dict()[name].dtype == ours, name
-        assert back.state_dict()[name].tobytes() == x.tobytes(), name
+        assert found[name].dtype == ours, name
+        assert found[name].tobytes() == x.tobytes(), name
 
 
 @each_kind

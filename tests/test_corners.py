@@ -1,5 +1,6 @@
 """What seldom happens, and then happens as it should."""
 
+import itertools
 import json
 import signal
 import sys
@@ -33,13 +34,71 @@ def run(folder, **options):
     return training.run(trainer, task, folder, recipe=recipe, test_examples=4, **options)
 
 
+class Clock:
+    """Goes on when it is told to: a step takes as long as a test says, on any machine."""
+
+    def __init__(self):
+        self.now = 1000.0  # no clock begins at 0
+
+    def __call__(self):
+        return self.now
+
+
+class Slow(training.Trainer):
+    """Each step takes some of the clock's seconds."""
+
+    def __init__(self, clock, seconds):
+        _, config, recipe = small()
+        super().__init__(config, recipe, 0)
+        self.clock, self.seconds = clock, iter(seconds)
+
+    def step(self, batch, rate):
+        self.clock.now += next(self.seconds)
+        return super().step(batch, rate)
+
+
+ENDLESS = {"steps": 10**9, "evaluate_every": 10**6, "warmup": 5}
+
+
 def test_the_schedule_ends_where_the_time_does(tmp_path):
-    endless = {"steps": 10**9, "evaluate_every": 10**6}
-    outcome = run(tmp_path / "a", minutes=0.01, recipe=endless)
+    clock = Clock()
+    trainer = Slow(clock, itertools.repeat(0.25))
+    outcome = run(tmp_path, trainer=trainer, clock=clock, minutes=16 / 60, recipe=ENDLESS)
     assert outcome.ended == "time"
-    last = outcome.progress.history["steps"][-1]
-    assert last["step"] == last["total"] < 10**4
-    assert run(tmp_path / "b", minutes=1e-9, recipe=endless).ended == "time"
+    steps = outcome.progress.history["steps"]
+    assert [s["total"] for s in steps] == 20 * [10**9] + 44 * [64]  # known after some steps
+    assert steps[-1]["rate"] < steps[20]["rate"] / 100  # of a cosine that ends there
+    assert outcome.progress.seconds == steps[-1]["seconds"] == 16
+    tokens = steps[0]["tokens_per_second"] * 0.25
+    assert tokens == round(tokens) > 0
+
+
+def test_a_run_that_becomes_slower_ends_earlier(tmp_path):
+    clock = Clock()
+    trainer = Slow(clock, 32 * [0.25] + 32 * [0.5])
+    outcome = run(tmp_path, trainer=trainer, clock=clock, minutes=16 / 60, recipe=ENDLESS)
+    assert outcome.ended == "time"
+    assert outcome.progress.step == 48  # 32 in half the time, and half as many in the other
+    totals = [s["total"] for s in outcome.progress.history["steps"]]
+    assert (totals[31], totals[-1]) == (64, 49)
+
+
+def test_no_step_begins_after_the_time(tmp_path):
+    clock = Clock()
+    trainer = Slow(clock, itertools.repeat(6.0))
+    outcome = run(tmp_path, trainer=trainer, clock=clock, minutes=0.25, recipe={"steps": 10**9})
+    assert (outcome.ended, outcome.progress.step) == ("time", 3)  # the third ends after 18 s of 15
+
+
+def test_the_time_of_a_run_is_that_of_all_its_sessions(tmp_path):
+    clock = Clock()
+    options = {"clock": clock, "recipe": {"steps": 12}}
+    run(tmp_path, trainer=Slow(clock, itertools.repeat(1.0)), minutes=0.1, **options)
+    clock.now += 10**6  # nobody was training
+    outcome = run(
+        tmp_path, trainer=Slow(clock, itertools.repeat(1.0)), minutes=0.15, resume=True, **options
+    )
+    assert (outcome.ended, outcome.progress.step, outcome.progress.seconds) == ("time", 9, 9.0)
 
 
 def test_a_score_that_was_asked_for_ends_the_run(tmp_path):

@@ -44,11 +44,15 @@ def batch_of(step):
     return tasks.load("sort").batch(step, 6, seed=0)  # ragged: the ranks have unequal targets
 
 
-def rank_main(rank, world, port, folder, n_steps, connection):
-    """One process: some steps by each engine in turn; from rank 0, what they came to."""
+def join(rank, world, port):
+    """What torchrun tells a process."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+
+
+def rank_main(rank, world, port, folder, n_steps, connection):
+    """One process: some steps by each engine in turn; from rank 0, what they came to."""
+    join(rank, world, port)
     from torchformer import parallel
 
     with parallel.group("cpu") as mesh:
@@ -92,15 +96,21 @@ def train(engine, mesh, folder, n_steps):
     return gradients, weights, norms[0]
 
 
-def run(world, folder, n_steps):
-    """What rank 0 sends; fails where a rank has failed."""
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, for all ranks
-    context.set_forkserver_preload(["torchformer.parallel", "npformer.testing.models"])
-    ours, theirs = context.Pipe()
-    arguments = (world, free_port(), folder, n_steps, theirs)
-    ranks = [context.Process(target=rank_main, args=(r, *arguments)) for r in range(world)]
+def started(main, world, *arguments):
+    """A process for each rank, forked from one in which torch has been imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchformer.parallel", "torch._dynamo"])
+    arguments = (world, free_port(), *arguments)
+    ranks = [context.Process(target=main, args=(rank, *arguments)) for rank in range(world)]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def run(world, folder, n_steps):
+    """What rank 0 sends; fails where a rank has failed."""
+    ours, theirs = multiprocessing.get_context("forkserver").Pipe()
+    ranks = started(rank_main, world, folder, n_steps, theirs)
     theirs.close()
     try:
         found = ours.recv() if ours.poll(200) else None
@@ -315,17 +325,40 @@ def test_on_the_second_of_two_nodes_a_rank_takes_a_device_of_its_own_node(monkey
         pass
 
 
-def torchrun(*arguments, ranks=2, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", str(free_port()), "-m", "torchformer.training", *arguments]
+def torchrun(*arguments):
+    """Two ranks.   -> its exit code, stdout and stderr"""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     return subprocess.run(
-        command,
+        [*command, "--master-port", str(free_port()), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
+
+
+def program_main(rank, world, port, arguments, folder):
+    """python -m torchformer.training, as torchrun starts it; what it says goes to two files."""
+    join(rank, world, port)
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    from torchformer import parallel
+
+    sys.exit(parallel.main(arguments))
+
+
+def forked(*arguments, folder, ranks):
+    """The same of the program without torchrun, which imports torch in each process."""
+    processes = started(program_main, ranks, arguments, folder)
+    for process in processes:
+        process.join(300)
+        process.kill()
+    out, err = (
+        "".join((folder / f"{name}{rank}").read_text() for rank in range(ranks))
+        for name in ("out", "err")
+    )
+    return subprocess.CompletedProcess(arguments, max(p.exitcode for p in processes), out, err)
 
 
 def small(tmp_path):
@@ -340,13 +373,13 @@ def small(tmp_path):
 def test_torchrun_trains_saves_resumes_and_both_twins_read_it_fsdp(tmp_path):
     out = str(tmp_path / "run")
     common = ["sort", "--parallel", "fsdp", "--device", "cpu", "--config", small(tmp_path)]
-    done = torchrun(*common, "--steps", "3", "--out", out)
+    done = torchrun("-m", "torchformer.training", *common, "--steps", "3", "--out", out)
     assert done.returncode == 0, done.stderr
     assert "fsdp on 2 x cpu: sort, steps 1 to 3" in done.stdout
-    again = torchrun(*common, "--steps", "3", "--out", out)
-    assert again.returncode != 0
-    assert "holds a run: --resume" in again.stderr
-    more = torchrun(*common, "--steps", "5", "--out", out, "--resume", ranks=1)
+    again = forked(*common, "--steps", "3", "--out", out, folder=tmp_path, ranks=2)
+    assert again.returncode == 2
+    assert again.stderr.count("holds a run: --resume") == 1
+    more = forked(*common, "--steps", "5", "--out", out, "--resume", folder=tmp_path, ranks=1)
     assert more.returncode == 0, more.stderr
     assert "steps 4 to 5" in more.stdout
     assert "Warning" not in done.stderr + more.stderr
@@ -398,11 +431,11 @@ def test_what_is_resumed_is_the_run_that_was_asked_for_ddp(tmp_path, monkeypatch
 
 
 def test_ranks_that_do_not_divide_the_heads_are_refused_in_one_line_tp(tmp_path):
-    done = torchrun(
-        "sort", "--parallel", "tp", "--device", "cpu", "--config", small(tmp_path), ranks=3
-    )
-    assert done.returncode != 0
-    assert "--parallel tp: 3 ranks do not divide n_heads=2" in done.stderr
+    common = ["sort", "--parallel", "tp", "--device", "cpu", "--config", small(tmp_path)]
+    done = forked(*common, folder=tmp_path, ranks=3)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 3
+    assert done.stderr.count("--parallel tp: 3 ranks do not divide n_heads=2") == 3
 
 
 def test_a_rank_that_dies_ends_the_others_ddp(tmp_path):
@@ -415,13 +448,6 @@ def test_a_rank_that_dies_ends_the_others_ddp(tmp_path):
         "        raise SystemExit('rank 1 has had enough')\n"
         "    torch.distributed.barrier()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "--master-port", str(free_port()), str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
+    done = torchrun(str(script))
     assert done.returncode != 0
     assert "rank 1 has had enough" in done.stderr

@@ -88,13 +88,14 @@ def test_whether_packing_pays_is_tried_once(slow, monkeypatch):
     """By the clock: whichever weights make the slower steps are not used, and not tried again."""
     twin = to_torch(make_model(replace(CONFIG, max_len=20), 4)).float().eval()
     src, steps, step = torch.tensor([[3, 4, 5]]), [], fast.StaticDecoder.step
+    seconds = []  # that have passed
 
     def counted(decoder, *arguments):
         steps.append(decoder.packed)
-        if decoder.packed == slow:
-            time.sleep(0.01)
+        seconds.append(2.0 if decoder.packed == slow else 1.0)
         return step(decoder, *arguments)
 
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(seconds))
     monkeypatch.setattr(fast.StaticDecoder, "step", counted)
     monkeypatch.setattr(fast, "_PAYS", {})
     for _ in range(2):

@@ -142,10 +142,17 @@ def test_plain_c_goes_through_the_files(tmp_path):
 # --- The pytest plugin ------------------------------------------------------------------------
 
 
-def pytest_of(folder, *arguments):
+def environment():
     path = os.pathsep.join([str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-p", "pytest_npformer", "-p", "no:cacheprovider"]
-    return run(*command, *arguments, cwd=folder, env=os.environ | {"PYTHONPATH": path})
+    return os.environ | {"PYTHONPATH": path}
+
+
+def pytest_of(folder, *arguments):
+    """As the command `pytest` in that folder, which is not on its path: python -m pytest puts it
+    there, if it is not told not to by -P."""
+    command = [sys.executable, "-P", "-m", "pytest", "-p", "pytest_npformer"]
+    command += ["-p", "no:cacheprovider"]
+    return run(*command, *arguments, cwd=folder, env=environment())
 
 
 @pytest.fixture
@@ -191,11 +198,57 @@ def test_the_plugin_says_you_match_if_and_skips_what_is_not_there(project):
     assert "18 skipped" in done.stdout
 
 
+# In folders without a test: pytest puts that of every test on the path
+FEW = ["--npformer-level", "layer", "--npformer-examples", "1"]
+
+
+def write_adapter(path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text((TESTS / "adapters" / "readme.py").read_text())
+
+
+def test_the_plugin_finds_a_module_in_the_current_folder_as_the_command_does(tmp_path):
+    write_adapter(tmp_path / "my_module.py")
+    done = pytest_of(tmp_path, "--npformer-target", "my_module:adapter", *FEW)
+    assert "1 failed, 6 skipped" in done.stdout, done.stdout + done.stderr
+    command = [sys.executable, "-m", "npformer.testing", "--target", "my_module:adapter"]
+    done = run(*command, "--level", "layer", "--examples", "1", cwd=tmp_path, env=environment())
+    assert "1 of 1 cases differ, 6 skipped" in done.stdout, done.stderr
+
+
+def test_the_plugin_finds_a_module_that_the_settings_name(tmp_path):
+    """In a package beside them, from a folder below, and what it imports by their pythonpath."""
+    write_adapter(tmp_path / "src" / "theirs.py")
+    (tmp_path / "my_package").mkdir()
+    (tmp_path / "my_package" / "my_module.py").write_text("from theirs import adapter\n")
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\npythonpath = src\naddopts = --npformer-target my_package.my_module:adapter\n"
+    )
+    (tmp_path / "below").mkdir()
+    done = pytest_of(tmp_path / "below", "..", *FEW)
+    assert "1 failed, 6 skipped" in done.stdout, done.stdout + done.stderr
+
+
+def test_with_xdist_the_plugin_says_you_match_if_once_and_of_all_cases(tmp_path):
+    """Each process has asked some of them only."""
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
+    write_adapter(tmp_path / "my_module.py")
+    chosen = ["--npformer-target", "my_module:adapter", "--npformer-level", "layer"]
+    done = pytest_of(tmp_path, *chosen, "--npformer-examples", "4", "-k", "layer_norm", "-n", "2")
+    assert "4 failed" in done.stdout
+    assert set(re.findall(r"\[(gw\d)\] ", done.stdout)) == {"gw0", "gw1"}
+    assert [line for line in done.stdout.splitlines() if "you match if" in line] == [
+        "layer.layer_norm: you match if LayerNorm's eps is outside the root and LayerNorm's eps is "
+        "1e-06"
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--npformer-target", "nowhere_at_all:f"], "No module named 'nowhere_at_all'"),
         (["--npformer-target", "adapters.bad:shape", "--npformer-fix", "x=1"], "--fix x=1"),
+        (["--npformer-target", "nowhere_at_all:f", "-n", "2"], "No module named 'nowhere_at_all'"),
     ],
 )
 def test_the_plugin_refuses_in_one_line(arguments, said, project):

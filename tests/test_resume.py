@@ -1,5 +1,6 @@
 """A run goes on as if it had never stopped, whatever stopped it, and only where it is that run."""
 
+import itertools
 import json
 import os
 import shutil
@@ -122,6 +123,7 @@ def test_a_resumed_run_knows_its_time_and_its_patience(tmp_path, monkeypatch, ca
         seen.append((options["minutes"], options["patience"], options["recipe"].steps))
         if len(seen) == 1:
             options["report"] = StopAt(7)
+        options["clock"] = (0.02 * looks for looks in itertools.count()).__next__
         return run(trainer, task, folder, **options, test_examples=4)
 
     run = training.run

@@ -131,11 +131,12 @@ def test_one_seed_gives_both_twins_the_same_weights(config, seed):
     for name in ("float32", "float64"):
         ours = npformer.Transformer(config, np.random.default_rng(seed), getattr(np, name))
         theirs = torchformer.Transformer(config, np.random.default_rng(seed), getattr(torch, name))
-        assert list(ours.state_dict()) == list(theirs.state_dict())
+        state = ours.state_dict()
+        assert list(state) == list(theirs.state_dict())
         assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
         for key, x in theirs.state_dict().items():
-            assert ours.state_dict()[key].dtype == np.dtype(name)
-            np.testing.assert_array_equal(ours.state_dict()[key], x.numpy(), err_msg=key)
+            assert state[key].dtype == np.dtype(name)
+            np.testing.assert_array_equal(state[key], x.numpy(), err_msg=key)
 
 
 # --- The derivative ---------------------------------------------------------------------------

@@ -14,7 +14,7 @@ the number of target tokens of all ranks together.
 import argparse
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.arguments import SEEDS, STEPS, whole_number
 from npformer.config import TransformerConfig
+from npformer.options import limit
 from npformer.tasks import Batch
 from torchformer.captured import options_of
 from torchformer.shards import load, save
@@ -158,8 +159,9 @@ def mean_loss(loss: Tensor, engine: str) -> float:
     return loss.item()
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """torch's clip_grad_norm_ for parameters of which some are spread and others are not."""
+    max_norm = limit("max_norm", max_norm)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([whole(torch.linalg.vector_norm(g)) for g in gradients])
     norm = torch.linalg.vector_norm(norms)

@@ -9,6 +9,7 @@ so a run that is resumed sees what it would have seen.
 """
 
 import importlib
+from functools import cache
 
 from npformer.tasks.task import EOS, PAD, SOS, Batch, Example, Task, Vocabulary, pad
 
@@ -28,8 +29,12 @@ __all__ = [
 ]
 
 
+@cache
 def load(name: str) -> Task:
-    """The task of that name.  Raises ValueError for an unknown one."""
+    """The task of that name, each time the same one, which keeps the examples that it has made.
+
+    Raises ValueError for an unknown one.
+    """
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}, there are: {', '.join(NAMES)}")
     module = importlib.import_module(

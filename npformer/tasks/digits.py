@@ -11,6 +11,7 @@ hash, is held out: no model is ever trained on one of them.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -63,6 +64,7 @@ class Digits(Task):
     def test(self) -> list[Example]:
         return self._held_out(2000, seed=2)
 
+    @cache  # noqa: B019  tasks live as long as the process
     def _held_out(self, n: int, seed: int) -> list[Example]:
         """n different held-out sequences; those of dev and test may have some in common."""
         rng = np.random.default_rng(seed)

@@ -73,10 +73,12 @@ def make_cases(
     """
     n, seed = integer("examples", n, 1), integer("seed", seed, 0)
     make = {"op": op_cases, "layer": layers, "block": blocks, "model": models, "decoding": decoding}
-    found = (
-        case for level in levels for case in make[level](n, seed, np.dtype(dtype), fixed or {})
-    )
-    return [case for case in found if not only or case.op in only]
+    asked = only or tuple(OPERATIONS)
+    return [
+        case
+        for level in levels
+        for case in make[level](n, seed, np.dtype(dtype), fixed or {}, asked)
+    ]
 
 
 def parse_fixed(texts: list[str]) -> dict[str, Any]:
@@ -124,8 +126,12 @@ def drawn(strategy: st.SearchStrategy, n: int, seed: int) -> list:
 # --- Ops --------------------------------------------------------------------------------------
 
 
-def op_cases(n: int, seed: int, dtype: Any, fixed: dict[str, Any]) -> Iterator[Case]:
+def op_cases(
+    n: int, seed: int, dtype: Any, fixed: dict[str, Any], asked: tuple[str, ...]
+) -> Iterator[Case]:
     for op_case in OP_CASES:
+        if op_case.name.split()[0] not in asked:
+            continue
         name = op_case.name.replace(" ", "_")
         for i, example in enumerate(drawn(op_case.examples(dtype), n, seed)):
             yield op_case_of(f"op.{name}-{i}", op_case, example, seed + i, dtype)
@@ -179,17 +185,21 @@ def is_float(x: Array) -> bool:
 # --- Layers and blocks: of each operation a function (rng, i, fixed) -> arrays, options, n ----
 
 
-def layers(n: int, seed: int, dtype: Any, fixed: dict[str, Any]) -> Iterator[Case]:
-    yield from _of_level("layer", LAYERS, n, seed, dtype, fixed)
+def layers(
+    n: int, seed: int, dtype: Any, fixed: dict[str, Any], asked: tuple[str, ...]
+) -> Iterator[Case]:
+    yield from _of_level("layer", LAYERS, n, seed, dtype, fixed, asked)
 
 
-def blocks(n: int, seed: int, dtype: Any, fixed: dict[str, Any]) -> Iterator[Case]:
-    yield from _of_level("block", BLOCKS, n, seed, dtype, fixed)
+def blocks(
+    n: int, seed: int, dtype: Any, fixed: dict[str, Any], asked: tuple[str, ...]
+) -> Iterator[Case]:
+    yield from _of_level("block", BLOCKS, n, seed, dtype, fixed, asked)
 
 
-def _of_level(level, table, n, seed, dtype, fixed) -> Iterator[Case]:
+def _of_level(level, table, n, seed, dtype, fixed, asked) -> Iterator[Case]:
     for op, make in table.items():
-        for i in range(n):
+        for i in range(n if op in asked else 0):
             rng = np.random.default_rng([seed, i])
             arrays, options, n_summed = make(rng, i, {"dtype": dtype.name} | fixed)
             yield measured(f"{level}.{op}-{i}", level, op, arrays, options, n_summed, dtype)
@@ -358,8 +368,12 @@ BLOCKS: dict[str, Callable] = {"encoder_layer": _encoder_layer, "decoder_layer":
 # --- Models and decoding ----------------------------------------------------------------------
 
 
-def models(n: int, seed: int, dtype: Any, fixed: dict[str, Any]) -> Iterator[Case]:
+def models(
+    n: int, seed: int, dtype: Any, fixed: dict[str, Any], asked: tuple[str, ...]
+) -> Iterator[Case]:
     for op, has_encoder in (("transformer", True), ("decoder_only", False)):
+        if op not in asked:
+            continue
         if "n_encoder_layers" in fixed and bool(fixed["n_encoder_layers"]) != has_encoder:
             continue
         for i in range(n):
@@ -431,9 +445,11 @@ def _model(config: TransformerConfig, rng: np.random.Generator) -> Arrays:
     return _parameters(Transformer(config, rng, np.float64), rng)
 
 
-def decoding(n: int, seed: int, dtype: Any, fixed: dict[str, Any]) -> Iterator[Case]:
+def decoding(
+    n: int, seed: int, dtype: Any, fixed: dict[str, Any], asked: tuple[str, ...]
+) -> Iterator[Case]:
     """Models and sources for which no token is a close call: no rounding can change the answer."""
-    if fixed.get("n_encoder_layers") == 0:
+    if fixed.get("n_encoder_layers") == 0 or "greedy" not in asked:
         return
     for i in range(n):
         for attempt in range(200):

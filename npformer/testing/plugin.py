@@ -1,6 +1,12 @@
-"""What pytest_npformer.py loads when its option is given: the cases as pytest items."""
+"""What pytest_npformer.py loads when its option is given: the cases as pytest items.
 
+Under pytest-xdist each process asks some of the cases, and the one that has started them says what
+came of all: a convention explains an operation only if all its cases agree.
+"""
+
+import pickle
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -17,54 +23,87 @@ class Kit:
     def __init__(self, config: pytest.Config):
         self.config = config
         self.worker: Worker | None = None
-        self.verdicts: list[Verdict] = []
+        self.verdicts: dict[int, Verdict] = {}  # of each case, by its place among them
 
     def option(self, name: str) -> Any:
         return self.config.getoption(f"--npformer-{name}")
 
+    def cases(self, n: int) -> list[Case]:
+        levels = tuple(self.option("level") or LEVELS)
+        size = (n, self.option("seed"), self.option("dtype"))
+        return make_cases(levels, *size, parse_fixed(self.option("fix")))
+
+    def start(self) -> Worker:
+        # As `python -m npformer.testing` finds it, in the folder where the command was typed; and
+        # beside the settings of pytest, which may name the target for all folders below.
+        path = [str(self.config.invocation_params.dir), str(self.config.rootpath)]
+        return Worker(self.option("target"), self.option("time-limit"), path)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self) -> None:
+        """What its processes would stumble over is said before pytest-xdist starts them."""
+        with _refused():
+            self.cases(min(4, self.option("examples")))  # four have all there is of sizes
+            self.start().close()
+
     def pytest_collection_modifyitems(
         self, session: pytest.Session, items: list[pytest.Item]
     ) -> None:
-        try:
-            levels = tuple(self.option("level") or LEVELS)
-            size = (self.option("examples"), self.option("seed"), self.option("dtype"))
-            cases = make_cases(levels, *size, parse_fixed(self.option("fix")))
+        with _refused():
+            cases = self.cases(self.option("examples"))
             if not self.config.getoption("collectonly"):
-                self.worker = Worker(self.option("target"), self.option("time-limit"))
-        except (TargetError, ValueError, TypeError) as error:
-            raise pytest.UsageError(f"npformer: {error}") from None
+                self.worker = self.start()
         items += [
             CaseItem.from_parent(
-                session, name=case.name, nodeid=f"npformer::{case.name}", kit=self, case=case
+                session, name=case.name, nodeid=f"npformer::{case.name}", kit=self, i=i, case=case
             )
-            for case in cases
+            for i, case in enumerate(cases)
         ]
 
     def pytest_sessionfinish(self) -> None:
         if self.worker is not None:
             self.worker.close()
+        left: dict[str, Any] | None = getattr(self.config, "workeroutput", None)
+        if left is not None:  # what a process of pytest-xdist leaves to the one that started it
+            left["npformer"] = pickle.dumps(self.verdicts)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        left = getattr(node, "workeroutput", None) or {}  # nothing of one that has crashed
+        if "npformer" in left:
+            self.verdicts |= pickle.loads(left["npformer"])
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for line in self.conventions():
             terminalreporter.write_line(line)
 
     def conventions(self) -> Iterator[str]:
-        for (level, op), group in Report(self.verdicts).groups().items():
+        in_order = [verdict for _, verdict in sorted(self.verdicts.items())]
+        for (level, op), group in Report(in_order).groups().items():
             if meaning := explained(group):
                 yield f"{level}.{op}: {meaning}"
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """What is wrong with the options is one line."""
+    try:
+        yield
+    except (TargetError, ValueError, TypeError) as error:
+        raise pytest.UsageError(f"npformer: {error}") from None
 
 
 class CaseItem(pytest.Item):
     """One case."""
 
-    def __init__(self, *, kit: Kit, case: Case, **kwargs: Any):
+    def __init__(self, *, kit: Kit, i: int, case: Case, **kwargs: Any):
         super().__init__(**kwargs)
-        self.kit, self.case = kit, case
+        self.kit, self.i, self.case = kit, i, case
 
     def runtest(self) -> None:
         assert self.kit.worker is not None
         verdict = self.kit.worker.ask(self.case)
-        self.kit.verdicts.append(verdict)
+        self.kit.verdicts[self.i] = verdict
         if verdict.status == "skipped":
             pytest.skip(verdict.note)
         if verdict.status == "failed":

@@ -117,13 +117,13 @@ def _nudged(case: Case) -> Case:
 def _apart(answer: dict[str, Array], expected: dict[str, Array]) -> float:
     """The largest error of any tensor: an output's of itself, a gradient's of the largest one."""
     worst = 0.0
+    sizes = {name: float(np.abs(e[np.isfinite(e)]).max(initial=0)) for name, e in expected.items()}
+    largest = max((size for name, size in sizes.items() if name.startswith("d.")), default=0.0)
     for name, x in answer.items():
         e = expected.get(name)
         if e is None or np.shape(x) != np.shape(e):
             return math.inf
-        is_gradient = name.startswith("d.")
-        peers = [e] if not is_gradient else [v for k, v in expected.items() if k.startswith("d.")]
-        scale = max((float(np.abs(p[np.isfinite(p)]).max(initial=0)) for p in peers), default=0.0)
+        scale = largest if name.startswith("d.") else sizes[name]
         with np.errstate(invalid="ignore"):
             error = np.where((x == e) | (np.isnan(x) & np.isnan(e)), 0.0, np.abs(x - e * 1.0))
         error = np.where(np.isnan(error), np.inf, error)

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -148,17 +148,20 @@ def _serve(connection: Connection, spec: str, path: list[str]) -> None:
 
 
 class Worker:
-    """`spec` in a process; verdict after verdict.  Raises TargetError if it cannot be imported."""
+    """`spec` in a process; verdict after verdict.  Raises TargetError if it cannot be imported.
 
-    def __init__(self, spec: str, limit: float = 60.0):
-        self.spec, self.limit = spec, limit
+    path   folders to look for it in, before those of this process
+    """
+
+    def __init__(self, spec: str, limit: float = 60.0, path: Sequence[str] = ()):
+        self.spec, self.limit, self.path = spec, limit, [*path, *sys.path]
         self.start()
 
     def start(self) -> None:
         context = multiprocessing.get_context("spawn")  # forking does not go with threads or CUDA
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, self.spec, sys.path), daemon=True
+            target=_serve, args=(theirs, self.spec, self.path), daemon=True
         )
         self.process.start()
         theirs.close()

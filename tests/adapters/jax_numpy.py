@@ -1,5 +1,7 @@
 """JAX through the kit: pure functions, and jax.vjp for their gradients."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -17,12 +19,20 @@ def target(op, arrays, options):
 
 
 def run(function, arrays, options):
+    """Compiled as a whole: piece by piece, as JAX does by itself, takes three times as long."""
+    if "mask" in arrays and not arrays["mask"].any(axis=-1).all():
+        raise NotImplementedError("NaN where a row has no entry")
     is_float = {name: x.dtype.kind == "f" and name != "dy" for name, x in arrays.items()}
-    floats = {name: jnp.asarray(x) for name, x in arrays.items() if is_float[name]}
+    floats = {name: x for name, x in arrays.items() if is_float[name]}
     others = {name: x for name, x in arrays.items() if not is_float[name]}
-    y, vjp = jax.vjp(lambda floats: function(floats | others, options), floats)
-    (gradients,) = vjp(jnp.asarray(arrays["dy"]))
+    y, gradients = value_and_gradients(function, tuple(options.items()), floats, others)
     return {"y": y} | {f"d.{name}": dx for name, dx in gradients.items()}
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def value_and_gradients(function, options, floats, others):
+    y, vjp = jax.vjp(lambda floats: function(floats | others, dict(options)), floats)
+    return y, *vjp(others["dy"])
 
 
 def linear(a, o):
@@ -41,8 +51,6 @@ def embedding(a, o):
 def softmax(a, o):
     if "mask" not in a:
         return jax.nn.softmax(a["x"])
-    if not a["mask"].any(axis=-1).all():
-        raise NotImplementedError("NaN where a row has no entry")
     return jax.nn.softmax(a["x"], where=jnp.broadcast_to(a["mask"], a["x"].shape))
 
 
