@@ -9,6 +9,7 @@ A limit lies far beyond sense and far below harm.  Standard library only.
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -90,10 +91,13 @@ def check_room(what: str, needed: int) -> None:
 
 
 def memory() -> float:
-    """Bytes that this process may have: of the machine, of its container, of its own limit."""
+    """Bytes that this process may have: free on the machine, and by its container and limits."""
     found = [math.inf]
     with suppress(AttributeError, ValueError, OSError):  # Windows
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, TypeError):  # what others leave
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", text)[1]))  # type: ignore
     for file in ("memory.max", "memory/memory.limit_in_bytes"):
         with suppress(OSError, ValueError):  # no container, or one without a limit
             found.append(int(Path("/sys/fs/cgroup", file).read_text(encoding="ascii")))

@@ -27,7 +27,6 @@ from npformer.config import TransformerConfig
 CONFIG, MODEL = "config.json", "model.safetensors"
 VERIFIED = 64 << 20  # bytes of numbers: a larger file's checksum takes time, and `verify`
 MODEST, MODEST_LAYERS = 1 << 20, 99  # numbers: so small, it is made to say what does not fit it
-LARGEST_TABLE = 1 << 24  # numbers of sinusoidal positions, of which a file has none
 
 
 class CheckpointError(ValueError):
@@ -124,13 +123,12 @@ def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
         config = None
         if "config" in metadata:  # this copy cannot be out of step with the weights
             config = TransformerConfig.from_json(metadata["config"])
-        if config is None or os.path.lexists(written):
-            found = _read_config(written)
-            if config not in (None, found):
-                raise CheckpointError(
-                    f"{written}: not the configuration that {MODEL} here was saved with"
-                )
-            config = found
+        found = _read_config(written, config)
+        if config not in (None, found):
+            raise CheckpointError(
+                f"{written}: not the configuration that {MODEL} here was saved with"
+            )
+        config = found
         with blame(folder):
             names = file.keys()
             check_size(config, [file.get_slice(name).get_shape() for name in names])
@@ -142,9 +140,16 @@ def _load(folder: Path) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
     return config, tensors
 
 
-def _read_config(path: Path) -> TransformerConfig:
+def _read_config(path: Path, inside: TransformerConfig | None) -> TransformerConfig:
+    """Where there is none, the one inside the weights."""
     with blame(path):
-        return TransformerConfig.from_json(storage.read(path).decode("utf-8-sig"))
+        try:
+            data = storage.read(path)
+        except FileNotFoundError:
+            if inside is None:
+                raise
+            return inside
+        return TransformerConfig.from_json(data.decode("utf-8-sig"))
 
 
 def check_folder(folder: str | Path) -> None:
@@ -169,12 +174,6 @@ def check_size(config: TransformerConfig, shapes: list[list[int]]) -> None:
         raise ValueError(
             f"the weights do not fit this model: its config makes {config.n_parameters:,} numbers "
             f"in {n_layers:,} layers, the file has {have:,} in {len(shapes):,} tensors"
-        )
-    table = config.max_len * config.d_model * (2 if config.n_encoder_layers else 1)
-    if config.positions == "sinusoidal" and table > max(have, LARGEST_TABLE):
-        raise ValueError(
-            f"max_len={config.max_len} is too much for a model of {have:,} numbers: its table of "
-            f"positions would have {table:,}, at most {LARGEST_TABLE:,} are made for it"
         )
 
 

@@ -8,6 +8,7 @@ from npformer import options
 
 FORMAT_VERSION = 1  # of config.json
 LARGEST = 2**31 - 1  # of a size: whatever comes of two of them is an integer of NumPy and of torch
+LARGEST_TABLE = 2**24  # numbers of sinusoidal positions, where the weights are fewer
 CHOICES = {
     "activation": ("relu", "gelu", "gelu_tanh"),
     "positions": ("sinusoidal", "learned"),
@@ -67,6 +68,13 @@ class TransformerConfig:
             raise ValueError(
                 "share_embeddings=True needs one vocabulary: src_vocab_size and src_pad_id must "
                 "equal tgt_vocab_size and tgt_pad_id"
+            )
+        n_rows = self.max_len * (2 if self.n_encoder_layers else 1)
+        most = max(LARGEST_TABLE, self.n_parameters)
+        if self.positions == "sinusoidal" and n_rows * self.d_model > most:
+            raise ValueError(
+                f"max_len={self.max_len} is too much for a model of {self.n_parameters:,} numbers: "
+                f"its sinusoidal positions would be {n_rows * self.d_model:,}, at most {most:,}"
             )
 
     @property

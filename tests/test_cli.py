@@ -401,7 +401,7 @@ LARGE = {
     "[model]\nd_model = 2000000000\n": "to train this model needs 1,536,",
     "[model]\nd_ff = 2000000000\n": "GB of memory, there are",
     "[model]\nn_decoder_layers = 200000000\n": "GB of memory, there are",
-    "[model]\nmax_len = 2000000000\n": "GB of memory, there are",
+    "[model]\nmax_len = 2000000000\n": "max_len=2000000000 is too much for a model of",
     "[recipe]\nbatch_size = 1000000\n": "batch_size must be at most 65536, got 1000000",
     f"[recipe]\nsteps = {10**400}\n": "steps must be at most 1000000000, got 1000",
     f"[recipe]\nsteps = 1{'0' * 5000}\n": "large.toml: not TOML (Exceeds the limit",

@@ -17,7 +17,7 @@ from tests.fuzz.runner import fuzz
 from tests.fuzz.targets import TARGETS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the workers are forked")
-N = {"checkpoints": 50, "resumes": 20, "shards": 30, "traces": 30, "kit": 20, "commands": 20}
+N = {"checkpoints": 40, "resumes": 12, "shards": 20, "traces": 20, "kit": 15, "commands": 20}
 
 
 def said(findings):
@@ -46,6 +46,13 @@ def test_no_mutation_of_a_few_does_harm(what):
     assert not findings, said(findings)
     assert sum(codes.values()) == N[what]
     assert codes[2] > N[what] / 4  # most of what is broken is noticed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", N)
+def test_no_mutation_of_many_does_harm(what):
+    findings, _ = fuzz(what, 1000, seed=1, workers=os.cpu_count() or 1)
+    assert not findings, said(findings)
 
 
 def escapes(path, *_):

@@ -1,5 +1,6 @@
 """Files: whole under any number of writers, never through a planted link, nothing left behind."""
 
+import json
 import os
 import signal
 import subprocess
@@ -245,15 +246,25 @@ def test_a_small_file_that_asks_for_gigabytes_is_refused(
     def made(*_):
         pytest.fail("a model of that size was made")
 
-    state = make(replace(SMALL, positions=positions)).state_dict()
-    config = replace(SMALL, positions=positions, **{field: HUGE[field]})
-    checkpoint.save(tmp_path, config, state)
+    model = make(replace(SMALL, positions=positions))
+    text = json.dumps(json.loads(model.config.to_json()) | {field: HUGE[field]})
+    checkpoint.save_tensors(tmp_path / MODEL, model.state_dict(), {"config": text})
     monkeypatch.setattr(npformer.Transformer, "__init__", made)
     monkeypatch.setattr(torchformer.Transformer, "__init__", made)
     with pytest.raises(CheckpointError) as caught:
         load(tmp_path)
-    assert str(caught.value).startswith(f"{tmp_path}: ")
+    assert str(caught.value).startswith(str(tmp_path))
     assert "the file has" in str(caught.value) or "max_len=" in str(caught.value)
+
+
+def test_a_table_of_positions_is_no_larger_than_the_model_or_16_million_numbers():
+    """So that whatever is trained can be loaded again."""
+    small = {"d_model": 64, "n_encoder_layers": 1, "n_decoder_layers": 1}
+    assert npformer.TransformerConfig(9, 9, **small, max_len=2**17)
+    with pytest.raises(ValueError, match="max_len=131073 is too much for a model of"):
+        npformer.TransformerConfig(9, 9, **small, max_len=2**17 + 1)
+    assert npformer.TransformerConfig(9, 9, **small, max_len=2**20, positions="learned")
+    assert npformer.TransformerConfig(9, 9, d_model=2048, n_heads=2, max_len=2**15)
 
 
 @pytest.mark.parametrize(
