@@ -342,6 +342,11 @@ RESUMES = {
         [],
         "has unknown 'resnet",
     ),
+    "a history that cannot be written": (
+        lambda folder: (os.unlink(folder / "history.json"), os.mkdir(folder / "history.json")),
+        [],
+        "history.json: this is a folder, not a file",
+    ),
     "another config beside them": (change_config, [], "config.json: not the configuration that"),
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
