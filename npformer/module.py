@@ -62,6 +62,10 @@ class Parameter:
         """Have these arrays themselves, not copies: for an optimizer, whose views they are."""
         self._data, self._grad = data, grad
 
+    def has(self, data: Array, grad: Array) -> bool:
+        """These arrays themselves: nothing has been put in their place."""
+        return self._data is data and self._grad is grad
+
     def view(self) -> "Parameter":
         """The same data, whatever array that will be, and a gradient of its own."""
         return _View(self)

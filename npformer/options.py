@@ -51,7 +51,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def not_negative(name: str, value: Any) -> float:
-    found = real(name, value)
+    found = value if type(value) is float else real(name, value)
     if not 0 <= found < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {found}")
     return found
@@ -66,7 +66,7 @@ def limit(name: str, value: Any) -> float:
 
 
 def probability(name: str, value: Any) -> float:
-    found = real(name, value)
+    found = value if type(value) is float else real(name, value)
     if not 0 <= found <= 1:
         raise ValueError(f"{name} is a probability, got {found}")
     return found

@@ -21,6 +21,7 @@ class Row(NamedTuple):
     torchformer: Callable[[], object] | None  # None: there is no such thing there
     message: str  # a regular expression
     error: type[Exception] = ValueError
+    option: str = ""  # of whose rows it is one: they are one test
 
 
 def rows(
@@ -39,7 +40,7 @@ def rows(
     # Without places in memory, which differ from one process of pytest-xdist to the other
     names = [f"{what} {re.sub(r' at 0x[0-9A-Fa-f]+', '', repr(value))}" for value in values]
     return [
-        Row(name, given(npformer, value), given(torchformer, value), message, error)
+        Row(name, given(npformer, value), given(torchformer, value), message, error, what)
         for name, value in zip(names, values, strict=True)
     ]
 

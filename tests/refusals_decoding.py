@@ -158,7 +158,7 @@ def _continued() -> list[Row]:
         *of("look_every", "^look_every must be (an integer|at least 1)", [*NO_INTEGERS, 0]),
         *of("never", "^never must be ", [[9], [-1], [1.0], [True]]),
         *of("eos_id", "^eos_id must be ", [9, -1, [2, 9], 2.0]),
-        *of("prompt", "^prompt has pads ", [torch.tensor(ids) for ids in padded]),
+        *of("prompt", "^prompt has pads, ", [torch.tensor(ids) for ids in padded]),
         *of("prompt", r"prompt must be a tensor \(B, P\)", [[[4]], torch.tensor([4])]),
         Row(
             "never and eos_id",

@@ -233,7 +233,8 @@ def assert_chooses_what_the_model_does(device, dtype, compiled):
         if S > 3:
             src[1, 2:] = 0
             prompt[0, 1] = 0
-        tokens = decoder.continued(prompt, 20, src)
+        first = decoder.prefill(prompt, src)  # `continued` refuses pads
+        tokens = torch.cat([first[:, None], decoder.decode(19)], dim=1)
         read = torch.cat([prompt, tokens], dim=1)
         logits = twin.infer(src, read[:, :-1])[:, S - 1 :].float()  # (2, 20, V)
         logits[..., :2] = -torch.inf
@@ -279,9 +280,19 @@ ALONE = replace(CONFIG, n_encoder_layers=0, max_len=9)
 )
 def test_prompts_of_different_lengths_are_refused(prompt):
     """On either side: the next token came after the pads, and the positions counted them."""
-    twin = to_torch(make_model(ALONE, 0)).eval()
-    with pytest.raises(ValueError, match=r"prompt has pads .* continue those of one length"):
-        fast.continued(twin, torch.tensor(prompt), 3)
+    twin, ids = to_torch(make_model(ALONE, 0)).eval(), torch.tensor(prompt)
+    with pytest.raises(ValueError, match=r"prompt has pads, .* continue those of one length"):
+        fast.continued(twin, ids, 3)
+    with pytest.raises(ValueError, match=r"prompt has pads, .* continue those of one length"):
+        fast.FastDecoder(twin, len(ids), 6).continued(ids, 3)
+
+
+def test_a_start_that_is_the_pad_is_no_padding():
+    model = make_model(CONFIG, 0)
+    twin, src = to_torch(model).eval(), np.array([[3, 4], [5, 0]])
+    expected = npformer.greedy(model, src, max_len=5, sos_id=0)
+    assert fast.greedy(twin, torch.tensor(src), max_len=5, sos_id=0) == expected
+    assert decoding.greedy(twin, torch.tensor(src), max_len=5, sos_id=0) == expected
 
 
 def test_a_pad_that_is_chosen_would_not_be_attended_to_so_none_is():

@@ -18,7 +18,7 @@ LOCALES = {
     "cp1252": {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"},
 }
 PROGRAMS = ["npformer.cli", "npformer.testing.__main__", "torchformer.parallel"]
-PROGRAMS += [f"benchmarks.{name}" for name in ("__main__", "training", "tables", "gpu")]
+PROGRAMS += [f"benchmarks.{name}" for name in ("__main__", "training", "tables", "gpu.__main__")]
 
 
 def run(command, code, **environment):

@@ -70,7 +70,8 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The best answers found by keeping the `num_beams` best beginnings at every length.
 
-    src (B, S) ids   ->   for each sample its `num_return_sequences` best hypotheses, best first
+    src (B, S) ids   ->   for each sample its `num_return_sequences` best hypotheses, best first;
+    fewer where so many cannot be said.  With several ends an answer may come once for each.
 
     score = log p(tokens) / n ** length_penalty, with n the tokens chosen, the end among them.  A
     beginning that ends leaves the beam, which is narrower from then on   [Sutskever et al. 2014,

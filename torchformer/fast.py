@@ -88,11 +88,6 @@ def continued(
     pads = [] if pad_id in ends else [pad_id]  # a pad is not attended to, and here all are
     never = answers.never_ids([*(never or []), *pads], ends, V)
     model._check_ids("prompt", "(B, P)", prompt)
-    if bool((prompt == pad_id).any()):
-        raise ValueError(
-            f"prompt has pads (tgt_pad_id = {pad_id}), so its rows differ in length, and would not "
-            "be continued as each is alone: continue those of one length together, without pads"
-        )
     return _continued(model, prompt, n_tokens, src, never, ends, look_every, compiled)
 
 
@@ -106,6 +101,7 @@ def _continued(
     look_every: int,
     compiled: bool | None,
 ) -> Tensor:
+    model._check_source(src)
     B, P = prompt.shape
     n_tokens, look_every = integer("n_tokens", n_tokens, 1), integer("look_every", look_every, 1)
     room = answers.check_max_len(P + n_tokens - 1, model.config.max_len)
@@ -189,7 +185,7 @@ class FastDecoder:
     def prefill(self, prompt: Tensor, src: Tensor | None = None) -> Tensor:
         """Begin anew: read the prompt at once, and choose what comes after it.
 
-        prompt (B, P), no pads   src (B, S), or None for a decoder-only model   ->   tokens (B,)
+        prompt (B, P)   src (B, S), or None for a decoder-only model   ->   tokens (B,)
         """
         B, P = prompt.shape
         if len(self.token) != B or not 1 <= P <= self.room:
@@ -242,8 +238,15 @@ class FastDecoder:
     ) -> Tensor:
         """prompt (B, P)   ->   tokens (B, n_tokens): prefill and decode.
 
-        Raises ValueError where the logits are not finite.
+        Raises ValueError for a pad in the prompt, and where the logits are not finite.
         """
+        is_pad = prompt == self.model.config.tgt_pad_id
+        is_start = is_pad.shape[1] == 1 and bool(is_pad.all())  # answers may start with the pad
+        if bool(is_pad.any()) and not is_start:
+            raise ValueError(
+                "prompt has pads, so its rows differ in length, and would not be continued as each "
+                "is alone: continue those of one length together, without pads"
+            )
         first = self.prefill(prompt, src)
         tokens = torch.cat([first[:, None], self.decode(n_tokens - 1, ends, look_every)], dim=1)
         top = self.decoder.top
