@@ -359,6 +359,7 @@ RESUMES = {
     "a recipe that is a list": (change_run(recipe=[1]), [], "run.json: "),
     "another backend": (change_run(), ["--backend", "torch"], "has backend numpy"),
     "another seed": (change_run(), ["--seed", "3"], "has seed 0"),
+    "threads without end": (change_run(threads=10**9), [], "threads must be at most 256, got 1000"),
     "a tampered seed": (change_run(seed=3), [], "resume.safetensors: the run has the seed 0"),
     "a tampered backend": (
         change_run(backend="torch"),
