@@ -19,6 +19,7 @@ from npformer.allocator import keep_freed_memory
 from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
+from npformer.options import integer
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
 from npformer.tasks.task import Batch, Vocabulary, make_batch
@@ -910,8 +911,8 @@ def _trainer(backend: str, config, recipe, seed: int, threads: int | None, engin
         raise MissingError("--device cuda: torch finds no CUDA device here")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if threads:
-        torch.set_num_threads(threads)
+    if threads:  # of the command line, or of a run.json that may say anything
+        torch.set_num_threads(integer("threads", threads, 1, THREADS))
     return torchformer.training.Trainer(config, recipe, seed, device, precision, compiled, captured)
 
 

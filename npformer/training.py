@@ -30,7 +30,8 @@ from typing import Any, Protocol
 import numpy as np
 
 import npformer
-from npformer import checkpoint, options, runs, schedules
+from npformer import checkpoint, options, runs, schedules, storage
+from npformer.arguments import THREADS
 from npformer.checkpoint import parse_json
 from npformer.config import TransformerConfig
 from npformer.decoding import greedy
@@ -96,7 +97,8 @@ class Trainer:
 
     def __init__(self, config: TransformerConfig, recipe: Recipe, seed: int = 0, threads: int = 1):
         """`threads` > 1: that many cores work on each batch, see parallel.py (threadpoolctl)."""
-        seed, threads = options.integer("seed", seed, 0), options.integer("threads", threads, 1)
+        seed = options.integer("seed", seed, 0)
+        threads = options.integer("threads", threads, 1, THREADS)  # run.json may say anything
         self.config, self.recipe = config, recipe
         self.model = Transformer(config, rng=np.random.default_rng(seed))
         self.rng = np.random.default_rng([seed, 1])  # of dropout
@@ -480,7 +482,16 @@ class _Run:
             return progress
 
     def _check_others(self, progress: Progress) -> None:
-        """What is read again only when the run ends: the best weights, and those to be averaged."""
+        """What will be written, and what is read only when the run ends: best weights and last.
+
+        So that whatever is wrong there is said before the first step, and before anything changes.
+        """
+        for name in (RUN, HISTORY, RESUME, checkpoint.CONFIG, checkpoint.MODEL):
+            path = self.folder / name
+            with checkpoint.blame(path):
+                if path.exists():
+                    storage.check_regular(path)
+                storage.stage(path).drop()
         expected = {name: x.shape for name, x in self.trainer.weights().items()}
         if progress.best is not None:
             config, best = checkpoint.load(self.folder)

@@ -6,6 +6,7 @@ import resource
 import numpy as np
 import pytest
 
+import npformer
 from npformer import arguments, cli, compare, training
 from npformer.checkpoint import CheckpointError, blame
 from npformer.explain import MOST_PAIRS, explain_mask, load_mask
@@ -215,6 +216,12 @@ def test_what_goes_wrong_with_a_file_is_said_with_its_name(error, said):
     with pytest.raises(CheckpointError) as caught, blame("a/b"):
         raise error
     assert str(caught.value) == f"a/b: {said}"
+
+
+def test_threads_have_a_limit_whoever_asks_for_them():
+    config = npformer.TransformerConfig(13, 13, d_model=8, n_heads=2, d_ff=8)
+    with pytest.raises(ValueError, match="threads must be at most 256, got 200000000"):
+        training.Trainer(config, training.Recipe(), threads=200_000_000)
 
 
 def test_sizes_of_a_recipe_have_limits():

@@ -342,6 +342,11 @@ RESUMES = {
         [],
         "has unknown 'resnet",
     ),
+    "a history that cannot be written": (
+        lambda folder: (os.unlink(folder / "history.json"), os.mkdir(folder / "history.json")),
+        [],
+        "history.json: this is a folder, not a file",
+    ),
     "another config beside them": (change_config, [], "config.json: not the configuration that"),
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
@@ -354,6 +359,7 @@ RESUMES = {
     "a recipe that is a list": (change_run(recipe=[1]), [], "run.json: "),
     "another backend": (change_run(), ["--backend", "torch"], "has backend numpy"),
     "another seed": (change_run(), ["--seed", "3"], "has seed 0"),
+    "threads without end": (change_run(threads=10**9), [], "threads must be at most 256, got 1000"),
     "a tampered seed": (change_run(seed=3), [], "resume.safetensors: the run has the seed 0"),
     "a tampered backend": (
         change_run(backend="torch"),
