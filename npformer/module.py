@@ -26,45 +26,26 @@ class Parameter:
     parameter each time.
     """
 
+    data: Array
+    grad: Array
+
     def __init__(self, data: Array):
         if not isinstance(data, np.ndarray) or not np.issubdtype(data.dtype, np.floating):
             kind = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
             raise TypeError(f"Parameter: data must be an array of floats, got {kind}")
-        self._data = data
-        self._grad = np.zeros(data.shape, data.dtype)
+        self.bind(data, np.zeros(data.shape, data.dtype))
 
-    @property
-    def data(self) -> Array:
-        return self._data
-
-    @data.setter
-    def data(self, value: Array) -> None:
-        if value is not self._data:  # `p.data += x` ends in `p.data = p.data`
-            _check_replacement("data", value, self._data)
-            if value.dtype != self._data.dtype:
-                raise TypeError(
-                    f"Parameter.data is {self._data.dtype}, got {value.dtype}: "
-                    "p.data[...] = x converts x, a model of another dtype is made with dtype="
-                )
-            self._data = value.copy()
-
-    @property
-    def grad(self) -> Array:
-        return self._grad
-
-    @grad.setter
-    def grad(self, value: Array) -> None:
-        if value is not self._grad:
-            _check_replacement("grad", value, self._data)
-            self._grad = value.astype(self._data.dtype)  # a copy
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is self.__dict__.get(name):  # `p.grad += x` ends in `p.grad = p.grad`
+            return
+        if name in ("data", "grad"):
+            _check_replacement(name, value, self.data)
+            value = value.astype(self.data.dtype)  # a copy
+        self.__dict__[name] = value
 
     def bind(self, data: Array, grad: Array) -> None:
         """Have these arrays themselves, not copies: for an optimizer, whose views they are."""
-        self._data, self._grad = data, grad
-
-    def has(self, data: Array, grad: Array) -> bool:
-        """These arrays themselves: nothing has been put in their place."""
-        return self._data is data and self._grad is grad
+        self.__dict__.update(data=data, grad=grad)
 
     def view(self) -> "Parameter":
         """The same data, whatever array that will be, and a gradient of its own."""
@@ -78,16 +59,18 @@ class _View(Parameter):
     """Another parameter's data.  An optimizer may pack that one later, so the array is not kept."""
 
     def __init__(self, of: Parameter):
-        self.of = of
-        self._grad = np.zeros(of.data.shape, of.data.dtype)
+        self.__dict__.update(of=of, grad=np.zeros(of.data.shape, of.data.dtype))
 
-    @property
-    def _data(self) -> Array:
-        return self.of._data
+    def __getattr__(self, name: str) -> Any:
+        if name != "data":
+            raise AttributeError(name)
+        return self.__dict__["of"].data
 
-    @_data.setter
-    def _data(self, value: Array) -> None:
-        self.of._data = value
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            self.of.data = value
+        else:
+            super().__setattr__(name, value)
 
 
 def _check_replacement(name: str, value: Any, data: Array) -> None:
@@ -99,6 +82,11 @@ def _check_replacement(name: str, value: Any, data: Array) -> None:
         )
     if not np.can_cast(value.dtype, data.dtype, "same_kind"):
         raise TypeError(f"Parameter.{name} is {data.dtype}, got {value.dtype}")
+    if name == "data" and value.dtype != data.dtype:
+        raise TypeError(
+            f"Parameter.data is {data.dtype}, got {value.dtype}: "
+            "p.data[...] = x converts x, a model of another dtype is made with dtype="
+        )
 
 
 class Module:

@@ -282,7 +282,7 @@ def attention_weights(q: Array, k: Array, mask: Mask = None) -> Forward:
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Mask = None, p: float = 0, rng: Rng | None = None
+    q: Array, k: Array, v: Array, mask: Mask = None, p: float = 0.0, rng: Rng | None = None
 ) -> Forward:
     """y = softmax(q kᵀ / √D) v: scaled dot-product attention   [Vaswani et al. 2017, eq. 1].
 
@@ -555,12 +555,18 @@ def _check_arrays(op: str, **arrays: Array) -> None:
 
 def _check_floats(op: str, **arrays: Array) -> None:
     """All are NumPy arrays of one dtype, which is float32 or float64."""
-    dtypes = {x.dtype if isinstance(x, np.ndarray) else None for x in arrays.values()}
-    if len(dtypes) == 1 and dtypes <= _FLOATS:
-        return  # all is well, said quickly: a decoder's small steps ask a hundred times
+    dtype = None
+    for x in arrays.values():  # said quickly: a decoder's small steps ask a hundred times
+        if type(x) is not np.ndarray or (dtype is not None and x.dtype is not dtype):
+            break
+        dtype = x.dtype
+    else:
+        if dtype in _FLOATS:
+            return
     _check_arrays(op, **arrays)
     name, x = next(iter(arrays.items()))
-    raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}")
 
 
 def _check_differentiable(op: str, x: Array) -> None:
@@ -601,7 +607,10 @@ def _check_matmul(a: Array, b: Array) -> None:
 
 
 def _check_linear(x: Array, weight: Array, bias: Array | None) -> None:
-    _check_floats("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if bias is None:
+        _check_floats("linear", x=x, weight=weight)
+    else:
+        _check_floats("linear", x=x, weight=weight, bias=bias)
     if weight.ndim != 2:
         raise ValueError(f"linear: weight must be (O, I), got shape {weight.shape}")
     if x.ndim == 0 or x.shape[-1] != weight.shape[1]:

@@ -73,7 +73,7 @@ class Optimizer:
     def pack_again(self) -> None:
         """Where a parameter has other arrays than our views: its own, or another optimizer's."""
         for p, (data, grad) in zip(self.parameters, self.views, strict=True):
-            if not p.has(data, grad):
+            if p.data is not data or p.grad is not grad:
                 self.data, self.grad = pack(self.parameters)
                 self.views = [(p.data, p.grad) for p in self.parameters]
                 return
