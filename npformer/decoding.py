@@ -54,7 +54,7 @@ def greedy(
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
-        if False in going_on:
+        if not going_on.all():
             running = [*compress(running, going_on)]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):
@@ -168,7 +168,7 @@ def sample(
         total = p.cumsum(axis=-1)
         token = (total > rng.random((len(p), 1)) * total[:, -1:]).argmax(axis=-1)  # (B,)
         going_on = goes_on[token]
-        if False in going_on:
+        if not going_on.all():
             running = [*compress(running, going_on)]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):

@@ -47,7 +47,7 @@ def greedy(
         logits, cache = next_logits(model, token, cache, allowed, running)  # (B, V)
         token = logits.argmax(dim=-1)  # (B,)
         going_on = goes_on[token]
-        if False in going_on:
+        if not going_on.all():
             running = [*compress(running, going_on.tolist())]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):
@@ -163,7 +163,7 @@ def sample(
         p = probabilities(logits.double(), temperature, top_k, top_p)  # (B, V)
         token = torch.multinomial(p, 1, generator=rng)[:, 0]  # (B,)
         going_on = goes_on[token]
-        if False in going_on:
+        if not going_on.all():
             running = [*compress(running, going_on.tolist())]
             token, cache = token[going_on], cache.select(going_on)
         for sample, chosen in zip(running, token.tolist(), strict=True):
