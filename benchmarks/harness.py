@@ -264,7 +264,7 @@ def environment(keeps_freed_memory: bool) -> dict[str, Any]:
         **{package: importlib.metadata.version(package) for package in packages},
         "blas": [f"{p['internal_api']} {p['version']} {p.get('architecture', '')}" for p in pools]
         or [np.show_config("dicts")["Build Dependencies"]["blas"]["name"]],  # e.g. Accelerate
-        "commit": _git_commit(),
+        "commit": git_commit(),
         "keeps_freed_memory": keeps_freed_memory,
     }
     torch = sys.modules.get("torch")
@@ -289,7 +289,7 @@ def _has_avx512() -> bool:
         return False
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit, with a + where files differ from it; None outside a checkout."""
 
     def git(*arguments: str) -> str:

@@ -3,6 +3,7 @@
 White ground, so that they can be read on a dark page as well.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,16 +135,37 @@ def shares_of(run: Run) -> dict[str, float]:
 
 
 def draw_roofline(result: Result) -> Any:
-    """Each op of a step under the two ceilings, for the sizes side by side."""
-    figure, axes = new_figure(3.6 * len(result.runs), 4, len(result.runs))
+    """Each op of a step under the ceilings, for the sizes side by side.
+
+    The arrays of a step may lie in a cache, which is faster than the memory: what is above the roof
+    of the memory has read them from there, and says how fast.
+    """
+    figure, axes = new_figure(3.6 * len(result.runs), 4.2, len(result.runs))
     for a, run in zip(axes if len(result.runs) > 1 else [axes], result.runs, strict=True):
         top, copying, found = roofline.points(run)
-        xs = sorted([2.0**-4, top / copying, 2.0**8])
-        a.plot(xs, [min(top, x * copying) for x in xs], color="#24292f", linewidth=1.4)
+        cached = roofline.moved(run, roofline.COPY_CACHED)
+        for slope, style, label in (
+            (copying, "-", "roof: large products, copying from memory"),
+            (cached, "--", "the same, copying in the cache"),
+        ):
+            if not math.isnan(slope):
+                xs = sorted([2.0**-4, top / slope, 2.0**8])
+                ys = [min(top, x * slope) for x in xs]
+                a.plot(xs, ys, style, color="#24292f", linewidth=1.4, label=label)
         for colour, (name, (intensity, rate)) in zip(
             [*COLOURS, "#e9a58d"], found.items(), strict=False
         ):
             a.plot([intensity], [rate], "o", color=colour, markersize=7, label=name)
+            if rate > 1.05 * intensity * copying and math.isnan(cached):
+                mib, speed = run.about["bytes"][name] / 2**20, roofline.moved(run, name)
+                a.annotate(
+                    f"{name} moves {mib:.2g} MiB\nin the cache,\n{speed:.0f} GB/s",
+                    (intensity, rate),
+                    xytext=(0.03, 0.72),
+                    textcoords="axes fraction",
+                    arrowprops={"arrowstyle": "-", "color": colour},
+                    fontsize=8,
+                )
         a.set_xscale("log", base=2)
         a.set_yscale("log")
         a.set_ylim(1, 2 * top)
@@ -158,7 +180,7 @@ def draw_roofline(result: Result) -> Any:
     figure.legend(
         *first.get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=7,
+        ncols=5 if len(result.runs) > 1 else 2,
         frameon=False,
         fontsize=8.5,
     )

@@ -1,6 +1,7 @@
 """How near each piece of a step comes to what the machine can do: arithmetic against memory."""
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -13,15 +14,17 @@ from benchmarks.harness import Contender, Run, measure, numpy_threads, pinned
 from npformer import ops
 
 DESCRIPTION = """\
-Two ceilings are measured, the rate of large square products and that of copying memory; then
-npformer's ops, forward, at the shapes of a step.  An op's intensity is its floating-point
+Three ceilings are measured: the rate of large square products, that of copying arrays which no
+cache holds, from memory, and that of copying an activation of the step, which a cache may hold.
+Then npformer's ops, forward, at the shapes of a step.  An op's intensity is its floating-point
 operations per byte that it must at least read and write; the roof over it is the lower of the
-arithmetic ceiling and intensity times the copying rate.  That rate is of arrays that no cache
-holds; an op whose arrays the cache does hold can be above its roof.
+arithmetic ceiling and intensity times a copying rate.  An op above the roof of the memory has read
+its arrays from the cache.
 
   python -m benchmarks.roofline --config M
 """
-SQUARE, COPY = "square products", "copy"
+SQUARE, COPY, COPY_CACHED = "square products", "copy", "copy of an activation"
+CEILINGS = (SQUARE, COPY, COPY_CACHED)
 
 
 class Piece(NamedTuple):
@@ -71,10 +74,12 @@ def measure_all(options: argparse.Namespace) -> list[Run]:
 
 def measure_pieces(size: Size, options: argparse.Namespace) -> Run:
     a, copied = np.ones((1024, 1024), np.float32), np.ones(1 << 25, np.float32)  # 128 MiB
-    out, into = np.empty_like(a), np.empty_like(copied)
+    activation = np.ones((size.batch * size.length, size.d_ff), np.float32)
+    out, into, into_cache = np.empty_like(a), np.empty_like(copied), np.empty_like(activation)
     ceilings = [
         Piece(SQUARE, lambda: np.matmul(a, a, out=out), 2 * 1024**3, 3 * a.nbytes),
         Piece(COPY, lambda: np.copyto(into, copied), 0, 2 * copied.nbytes),
+        Piece(COPY_CACHED, lambda: np.copyto(into_cache, activation), 0, 2 * activation.nbytes),
     ]
     found = [*ceilings, *pieces(size)]
     about = {
@@ -94,9 +99,15 @@ def points(run: Run) -> tuple[float, float, dict[str, tuple[float, float]]]:
     """GFLOP/s of square products, GB/s of copying, and (intensity, GFLOP/s) of each piece."""
     flops, n_bytes = run.about["flops"], run.about["bytes"]
     rates = {m.name: flops[m.name] / m.median / 1e9 for m in run.measurements}
-    copying = n_bytes[COPY] / run[COPY].median / 1e9
-    found = {n: (flops[n] / n_bytes[n], r) for n, r in rates.items() if n not in (SQUARE, COPY)}
-    return rates[SQUARE], copying, found
+    found = {n: (flops[n] / n_bytes[n], r) for n, r in rates.items() if n not in CEILINGS}
+    return rates[SQUARE], moved(run, COPY), found
+
+
+def moved(run: Run, name: str) -> float:
+    """GB/s that it reads and writes, at least; NaN where it was not measured, as in old results."""
+    if name not in run.about["bytes"]:
+        return math.nan
+    return run.about["bytes"][name] / run[name].median / 1e9
 
 
 def draw(runs: list[Run]) -> str:
@@ -104,15 +115,21 @@ def draw(runs: list[Run]) -> str:
     tables = []
     for run in runs:
         top, copying, found = points(run)
+        slopes = {"memory": copying, "cache": moved(run, COPY_CACHED)}
+        slopes = {place: slope for place, slope in slopes.items() if not math.isnan(slope)}
         rows = []
         for name, (intensity, rate) in found.items():
-            roof = min(top, intensity * copying)
-            share = f"{100 * rate / roof:.0f} %"
-            rows.append([name, f"{intensity:.3g}", f"{rate:.3g}", f"{roof:.3g}", share])
-        header = ["forward", "FLOP/byte", "GFLOP/s", "roof", "of the roof"]
+            row = [name, f"{intensity:.3g}", f"{rate:.3g}", f"{moved(run, name):.3g}"]
+            for slope in slopes.values():
+                roof = min(top, intensity * slope)
+                row += [f"{roof:.3g}", f"{100 * rate / roof:.0f} %"]
+            rows.append(row)
+        header = ["forward", "FLOP/byte", "GFLOP/s", "GB/s"]
+        header += [text for place in slopes for text in (f"roof: {place}", "of it")]
+        copies = " and ".join(f"{slope:.1f} GB/s from {place}" for place, slope in slopes.items())
         title = (
-            f"{run.about['config']['name']}: square products {top:.0f} GFLOP/s, copying "
-            f"{copying:.1f} GB/s, threads {run.measurements[0].threads}"
+            f"{run.about['config']['name']}: square products {top:.0f} GFLOP/s, copying {copies}, "
+            f"threads {run.measurements[0].threads}"
         )
         tables.append(f"{title}\n\n{harness.table(header, rows)}")
     return "\n\n".join(tables)

@@ -2,15 +2,16 @@
 
 import argparse
 import importlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report, harness
+from benchmarks import harness
 from benchmarks.contenders import FLOOR, MASKED, NPFORMER, THREADED, TORCH, TWIN
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import results as gpu_results
 from benchmarks.harness import ROOT, BenchmarkError, Result, Run
 from npformer import storage, streams
 
@@ -111,7 +112,7 @@ def kind_of(result: Result) -> str:
 def newest_gpu(folder: Path) -> dict[str, Any] | None:
     """The newest bench.json of benchmarks.gpu, which is committed as DATE-gpu.json."""
     found = sorted(folder.glob("*-gpu.json"))
-    return json.loads(found[-1].read_text(encoding="utf-8-sig")) if found else None
+    return gpu_results.load(found[-1]) if found else None
 
 
 def fill(text: str, newest: dict[str, Result], gpu: dict[str, Any] | None = None) -> str:

@@ -59,6 +59,13 @@ def positive_number(high: float) -> Callable[[str], float]:
     return parse
 
 
+def path(text: str) -> str:
+    """A type for argparse: any name, but not none, which would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, a name was expected")
+    return text
+
+
 def shortened(text: str) -> str:
     """Quoted, and not all of it if it is long."""
     return repr(text if len(text) <= 40 else f"{text[:36]} ...")

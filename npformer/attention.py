@@ -15,12 +15,16 @@ from npformer.options import integer, probability
 
 
 def split_heads(x: Array, n_heads: int) -> Array:  # (B, T, C) -> (B, H, T, D)
-    """Only moves entries around, as does merge_heads: each is the other's inverse and backward."""
+    """xh[b, h, t] = x[b, t, h D : (h + 1) D]: each head gets its slice of C.
+
+    Only moves entries around, as does merge_heads: each is the other's inverse and backward.
+    """
     B, T, C = x.shape
     return x.reshape(B, T, n_heads, C // n_heads).transpose(0, 2, 1, 3)
 
 
 def merge_heads(x: Array) -> Array:  # (B, H, T, D) -> (B, T, C)
+    """x[b, t] = concat(xh[b, 0, t], ..., xh[b, H - 1, t])."""
     B, H, T, D = x.shape
     return x.transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
@@ -61,6 +65,10 @@ class MultiHeadAttention(Module):
     def forward(
         self, query: Array, key: Array, value: Array, mask: Mask = None, rng: Rng | None = None
     ) -> Forward:
+        """y = concat(head_1, ..., head_H) W_Oᵀ + b_O,   head_h = attention(q_h, k_h, v_h).
+
+        With q = query W_Qᵀ + b_Q, and k, v in the same way, cut into H slices q_h, k_h, v_h.
+        """
         _check_rank(query=query, key=key, value=value)
         self._check_mask(mask, query, key.shape[1])
         q, backward_q = self.q_proj(query)  # (B, T, C)
@@ -71,8 +79,9 @@ class MultiHeadAttention(Module):
         y, backward_out = self.out_proj(merge_heads(yh))  # (B, T, C)
 
         def backward(dy):
+            # dyh = the slices of dy W_O;   dquery = dq W_Q,   dkey = dk W_K,   dvalue = dv W_V.
             dyh = split_heads(backward_out(dy), self.n_heads)  # (B, H, T, D)
-            dq, dk, dv = (merge_heads(d) for d in backward_attention(dyh))
+            dq, dk, dv = (merge_heads(d) for d in backward_attention(dyh))  # (B, T or S, C)
             return backward_q(dq), backward_k(dk), backward_v(dv)
 
         return y, backward

@@ -16,12 +16,12 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, positive_number, whole_number
+from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.plot import draw_alignment, draw_history
 from npformer.tasks import EOS, SOS, Task, pad
-from npformer.tasks.task import Batch, make_batch
+from npformer.tasks.task import Batch, Vocabulary, make_batch
 from npformer.transformer import Transformer
 
 GET_TORCH = "pip install 'npformer[torch]'"
@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--seed", type=whole_number(0, SEEDS), default=0, help="of weights and data (0)"
     )
-    demo.add_argument("--out", default="runs/demo", help="folder to save to (default runs/demo)")
+    demo.add_argument(
+        "--out", type=path, default="runs/demo", help="folder to save to (default runs/demo)"
+    )
     demo.set_defaults(run=run_demo)
 
     train = commands.add_parser(
@@ -89,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
         help="stop after so many evaluations without a better one",
     )
     train.add_argument("--preset", help="model and recipe: default, notes, ... (default: default)")
-    train.add_argument("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    train.add_argument(
+        "--config", type=path, metavar="FILE.toml", help="tables [model], [recipe] to change"
+    )
     train.add_argument(
         "--seed", type=whole_number(0, SEEDS), help="of weights, data and dropout (default 0)"
     )
@@ -113,9 +117,12 @@ def parser() -> argparse.ArgumentParser:
         help="for --backend torch: launch each step as one CUDA graph, which small models need; it "
         "holds the memory of a step for each of some lengths (default: on CUDA)",
     )
-    train.add_argument("--out", metavar="DIR", help="folder to save to (default runs/TASK)")
+    train.add_argument(
+        "--out", type=path, metavar="DIR", help="folder to save to (default runs/TASK)"
+    )
     train.add_argument(
         "--resume",
+        type=path,
         metavar="DIR",
         help="go on with the run in this folder, for as long as it was to go on; --steps, "
         "--minutes and --patience say otherwise",
@@ -201,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
         help="width of the search (5); 1: greedy",
     )
     add("--model", action="store_true", help="ask the model for words in the dictionary as well")
-    add("--weights", metavar="DIR", help="a model of your own, by `npformer train g2p`")
+    add("--weights", type=path, metavar="DIR", help="a model of your own, by `npformer train g2p`")
     add(
         "--stress",
         action="store_true",
@@ -214,7 +221,12 @@ def parser() -> argparse.ArgumentParser:
         help="in the letters of the IPA.  Of words from the model in this package, which knows no "
         "stress, which vowels are ə or ɚ is a guess",
     )
-    add("--plot", metavar="FILE.png", help="draw which letters each sound of the word comes from")
+    add(
+        "--plot",
+        type=path,
+        metavar="FILE.png",
+        help="draw which letters each sound of the word comes from",
+    )
     add(
         "--json",
         action="store_true",
@@ -232,7 +244,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    trace.add_argument("--out", metavar="TRACE", help="save it there, for `npformer diff`")
+    trace.add_argument(
+        "--out", type=path, metavar="TRACE", help="save it there, for `npformer diff`"
+    )
     trace.add_argument("--match", default="", metavar="TEXT", help="only names with this in them")
     trace.set_defaults(run=run_trace)
 
@@ -257,7 +271,7 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    attention.add_argument("--out", default="attention.png", metavar="FILE.png")
+    attention.add_argument("--out", type=path, default="attention.png", metavar="FILE.png")
     attention.set_defaults(run=run_attention)
 
     explain = commands.add_parser(
@@ -270,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "input", type=streams.argument, metavar="INPUT", help="such as 312, or hypothesis"
     )
-    explain.add_argument("--out", default="page.html", metavar="PAGE.html")
+    explain.add_argument("--out", type=path, default="page.html", metavar="PAGE.html")
     explain.set_defaults(run=run_explain)
 
     mask = commands.add_parser(
@@ -289,7 +303,7 @@ def parser() -> argparse.ArgumentParser:
     mask.add_argument(
         "--window", type=whole_number(1, IDS), metavar="N", help="at most N keys back"
     )
-    mask.add_argument("--file", metavar="MASK.npy", help="a mask that is given besides")
+    mask.add_argument("--file", type=path, metavar="MASK.npy", help="a mask that is given besides")
     mask.set_defaults(run=run_mask)
 
     embeddings = commands.add_parser(
@@ -299,7 +313,7 @@ def parser() -> argparse.ArgumentParser:
         "of each pair), and the tokens in the plane that shows most of their spread.",
     )
     embeddings.add_argument("folder", metavar="DIR", help="a folder that `train` or `demo` saved")
-    embeddings.add_argument("--out", default="embeddings.png", metavar="FILE.png")
+    embeddings.add_argument("--out", type=path, default="embeddings.png", metavar="FILE.png")
     embeddings.set_defaults(run=run_embeddings)
 
     for command in (demo, train, check, predict, export):
@@ -631,7 +645,8 @@ def run_trace(options: argparse.Namespace) -> int:
         top = float(np.abs(entry.value).max(initial=0))
         shape = f"{entry.letters or ''} {entry.shape}".strip()
         print(f"{entry.name:<{widths[0]}}  {shape:<30} max {top:<9.3g} {entry.file}:{entry.line}")
-        print(f"{'':<{widths[0]}}    {entry.formula}")
+        for line in (entry.formula, *entry.refined.splitlines()):
+            print(f"{'':<{widths[0]}}    {line}")
     print(f"{len(listed)} of {len(seen)} tensors; loss {seen.about['loss']:.4f}")
     if options.out:
         runs.clear(options.out, "trace")
@@ -659,7 +674,7 @@ def run_attention(options: argparse.Namespace) -> int:
     from npformer.plot import draw_attention
 
     it = _traced(options.folder, options.input)
-    if not draw_attention(it.seen, it.source, it.target, options.out):
+    if not draw_attention(it.seen, it.source, it.target, it.said, options.out):
         raise MissingError("attention needs matplotlib: pip install 'npformer[plot]'")
     print(f"{options.input} -> {' '.join(it.target[1:])}    {options.out}")
     return 0
@@ -682,6 +697,8 @@ def run_explain(options: argparse.Namespace) -> int:
         tgt=it.batch.tgt_in[0].tolist(),
         source=it.source,
         target=it.target,
+        said=it.said,
+        vocabularies=(_names(it.task.src_vocabulary), _names(it.task.tgt_vocabulary)),
         pad_ids=(c.src_pad_id, c.tgt_pad_id),
         about=about,
     )
@@ -815,6 +832,7 @@ class _Traced(NamedTuple):
     batch: Batch
     source: list[str]  # tokens
     target: list[str]  # the tokens that were read: the start, then the answer
+    said: list[str]  # and what was to be said next: the answer, then the end
 
 
 def _traced(folder: str, text: str) -> _Traced:
@@ -826,7 +844,12 @@ def _traced(folder: str, text: str) -> _Traced:
     batch = make_batch([(ids, answer)])
     seen = trace(model, batch.src, batch.tgt_in, target=batch.tgt_out)
     source, target = task.src_vocabulary.decode(ids), task.tgt_vocabulary.decode(answer)
-    return _Traced(seen, model, task, batch, source, ["start", *target])
+    return _Traced(seen, model, task, batch, source, ["start", *target], [*target, "end"])
+
+
+def _names(vocabulary: Vocabulary) -> list[str]:
+    """Every token, by id, as it is called in pictures."""
+    return ["pad", "start", "end", *vocabulary.tokens[3:]]
 
 
 def _text(task: Task, ids: Sequence[int]) -> str:

@@ -282,8 +282,8 @@ def _name_of(c: float) -> str:
     if not 1e-4 < abs(c) < 1e4:  # its powers may be out of range
         return ""
     sign = "-" if c < 0 else ""
-    if abs(c - round(c)) < 1e-6 * abs(c):
-        return ""
+    if abs(c - round(c)) < 1e-6 * abs(c) or not 1e-5 < abs(c) < 1e5:
+        return ""  # says so itself, or is none of those below
     for value, pattern in ((1 / abs(c), "1/{}"), (c**2, "√{}"), (c**-2, "1/√{}")):
         n = round(value)
         if 2 <= n <= 4096 and abs(value - n) < 1e-4 * n:

@@ -72,6 +72,9 @@ class DecoderLayer(Module):
     def post_norm(
         self, x: Array, memory: Array, mask: Mask, memory_mask: Mask, rng: Rng | None
     ) -> Forward:
+        """g = norm1(x + self_attn(x)),   h = norm2(g + cross_attn(g, memory)),
+        y = norm3(h + feed_forward(h))   [§ 5.4].
+        """
         a, backward_attn = self.self_attn(x, x, x, mask, rng)  # (B, T, C)
         kept_a, backward_drop1 = dropout(a, self.dropout, rng)
         g, backward_norm1 = self.norm1(x + kept_a)
@@ -85,12 +88,15 @@ class DecoderLayer(Module):
         y, backward_norm3 = self.norm3(h + kept_f)
 
         def backward(dy):
+            # With J the Jacobian of a part:   dsum3 = J_norm3ᵀ dy,   dh = dsum3 + J_ffᵀ dsum3,
+            # dsum2 = J_norm2ᵀ dh,   dg = dsum2 + J_crossᵀ dsum2,   dk_memory + dv_memory = dmemory,
+            # dsum1 = J_norm1ᵀ dg,   dx = dsum1 + J_attnᵀ dsum1.
             dsum3 = backward_norm3(dy)
             dh = dsum3 + backward_ff(backward_drop3(dsum3))
 
             dsum2 = backward_norm2(dh)
-            dg, dk_memory, dv_memory = backward_cross(backward_drop2(dsum2))
-            dg = dsum2 + dg
+            dquery, dk_memory, dv_memory = backward_cross(backward_drop2(dsum2))
+            dg = dsum2 + dquery
 
             dsum1 = backward_norm1(dg)
             dq, dk, dv = backward_attn(backward_drop1(dsum1))
@@ -101,6 +107,9 @@ class DecoderLayer(Module):
     def pre_norm(
         self, x: Array, memory: Array, mask: Mask, memory_mask: Mask, rng: Rng | None
     ) -> Forward:
+        """g = x + self_attn(norm1(x)),   h = g + cross_attn(norm2(g), memory),
+        y = h + feed_forward(norm3(h)).
+        """
         n1, backward_norm1 = self.norm1(x)
         a, backward_attn = self.self_attn(n1, n1, n1, mask, rng)  # (B, T, C)
         kept_a, backward_drop1 = dropout(a, self.dropout, rng)
@@ -117,6 +126,9 @@ class DecoderLayer(Module):
         y = h + kept_f
 
         def backward(dy):
+            # With J the Jacobian of a part:   dn3 = J_ffᵀ dy,   dh = dy + J_norm3ᵀ dn3,
+            # dn2 = J_crossᵀ dh,   dg = dh + J_norm2ᵀ dn2,   dk_memory + dv_memory = dmemory,
+            # dq + dk + dv = J_attnᵀ dg,   dx = dg + J_norm1ᵀ (dq + dk + dv).
             dn3 = backward_ff(backward_drop3(dy))
             dh = dy + backward_norm3(dn3)
 
@@ -178,6 +190,7 @@ class Decoder(Module):
         memory_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
+        """x ← layer(x, memory) for each layer;   y = norm(x), or x where there is no final norm."""
         backwards = []
         for layer in self.layers:
             x, backward_layer = layer(x, memory, mask, memory_mask, rng)
@@ -185,6 +198,8 @@ class Decoder(Module):
         y, backward_norm = self.norm(x) if self.norm else (x, lambda dy: dy)
 
         def backward(dy):
+            # dx = J_normᵀ dy,   then dx ← J_layerᵀ dx, the last layer first;
+            # dmemory = Σ dmemory_layer.
             dx, dmemory = backward_norm(dy), 0
             for backward_layer in reversed(backwards):
                 dx, dmemory_layer = backward_layer(dx)

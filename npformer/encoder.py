@@ -57,6 +57,7 @@ class EncoderLayer(Module):
         return (self.pre_norm if self.norm_first else self.post_norm)(x, mask, rng)
 
     def post_norm(self, x: Array, mask: Mask, rng: Rng | None) -> Forward:
+        """h = norm1(x + self_attn(x)),   y = norm2(h + feed_forward(h))   [§ 5.4]."""
         a, backward_attn = self.self_attn(x, x, x, mask, rng)  # (B, S, C)
         kept_a, backward_drop1 = dropout(a, self.dropout, rng)
         h, backward_norm1 = self.norm1(x + kept_a)
@@ -66,6 +67,8 @@ class EncoderLayer(Module):
         y, backward_norm2 = self.norm2(h + kept_f)
 
         def backward(dy):
+            # With J the Jacobian of a part:   dsum2 = J_norm2ᵀ dy,   dh = dsum2 + J_ffᵀ dsum2,
+            # dsum1 = J_norm1ᵀ dh,   dx = dsum1 + J_attnᵀ dsum1.
             dsum2 = backward_norm2(dy)
             dh = dsum2 + backward_ff(backward_drop2(dsum2))
 
@@ -76,6 +79,7 @@ class EncoderLayer(Module):
         return y, backward
 
     def pre_norm(self, x: Array, mask: Mask, rng: Rng | None) -> Forward:
+        """h = x + self_attn(norm1(x)),   y = h + feed_forward(norm2(h))."""
         n1, backward_norm1 = self.norm1(x)
         a, backward_attn = self.self_attn(n1, n1, n1, mask, rng)  # (B, S, C)
         kept_a, backward_drop1 = dropout(a, self.dropout, rng)
@@ -87,6 +91,8 @@ class EncoderLayer(Module):
         y = h + kept_f
 
         def backward(dy):
+            # With J the Jacobian of a part:   dn2 = J_ffᵀ dy,   dh = dy + J_norm2ᵀ dn2,
+            # dq + dk + dv = J_attnᵀ dh,   dx = dh + J_norm1ᵀ (dq + dk + dv).
             dn2 = backward_ff(backward_drop2(dy))
             dh = dy + backward_norm2(dn2)  # the residual's gradient goes around the norm
 
@@ -125,6 +131,7 @@ class Encoder(Module):
         self.norm = norm
 
     def forward(self, x: Array, mask: Mask = None, rng: Rng | None = None) -> Forward:
+        """x ← layer(x) for each layer;   y = norm(x), or x where there is no final norm."""
         backwards = []
         for layer in self.layers:
             x, backward_layer = layer(x, mask, rng)
@@ -132,6 +139,7 @@ class Encoder(Module):
         y, backward_norm = self.norm(x) if self.norm else (x, lambda dy: dy)
 
         def backward(dy):
+            # dx = J_normᵀ dy,   then dx ← J_layerᵀ dx, the last layer first.
             dx = backward_norm(dy)
             for backward_layer in reversed(backwards):
                 dx = backward_layer(dx)

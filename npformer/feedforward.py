@@ -41,6 +41,7 @@ class FeedForward(Module):
         y, backward_linear2 = self.linear2(kept)  # (..., C)
 
         def backward(dy):
+            # da = dy W₂,   dx = (da activation'(h)) W₁ with h = W₁ x + b₁.
             da = backward_dropout(backward_linear2(dy))  # (..., F)
             return backward_linear1(backward_activation(da))
 

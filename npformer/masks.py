@@ -24,7 +24,10 @@ Array = np.ndarray
 
 
 def padding_mask(ids: Array, pad_id: int) -> Array:
-    """True at real tokens.   ids (B, S)   ->   (B, 1, 1, S)"""
+    """mask[b, 0, 0, s] = (ids[b, s] != pad_id): True at real tokens.
+
+    ids (B, S)   ->   (B, 1, 1, S)
+    """
     if ids.ndim != 2:
         raise ValueError(f"padding_mask: ids must be (B, S), got shape {ids.shape}")
     return (ids != pad_id)[:, np.newaxis, np.newaxis, :]

@@ -24,6 +24,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 from numpy.typing import DTypeLike
 
 from npformer.ops import Array, Forward, _check_floats, unbroadcast
+from npformer.options import integer, not_negative, probability
 
 
 def normalize(
@@ -33,7 +34,7 @@ def normalize(
 
     x (...)   ->   y (...)          centre=False takes no mean away: y = x / √(mean(x²) + eps)
     """
-    axes = _check_axes(x, axes)
+    axes, eps = _check_axes(x, axes), not_negative("eps", eps)
     y = x - x.mean(axis=axes, keepdims=True) if centre else x
     variance = np.square(y).mean(axis=axes, keepdims=True)  # centred first: nothing cancels
     rstd = (variance + eps) ** -0.5
@@ -124,6 +125,7 @@ def batch_norm(
     two arrays are replaced, not written to.  Otherwise by `running`.
     """
     _check_channels("batch_norm", x, weight, bias, running)
+    momentum, eps = probability("momentum", momentum), not_negative("eps", eps)
     if not training:
         if running is None:
             raise ValueError("batch_norm: training=False needs running statistics, got None")
@@ -158,7 +160,7 @@ def group_norm(x: Array, n_groups: int, weight: Array, bias: Array, eps: float =
     """
     _check_channels("group_norm", x, weight, bias)
     shape, (B, C, *places) = x.shape, x.shape
-    if n_groups < 1 or C % n_groups:
+    if integer("group_norm: n_groups", n_groups) < 1 or C % n_groups:
         raise ValueError(f"group_norm: n_groups must divide C = {C}, got {n_groups}")
     grouped = (B, n_groups, C // n_groups, *places)
     xhat, backward_groups = normalize(x.reshape(grouped), tuple(range(2, len(grouped))), eps)

@@ -58,6 +58,7 @@ def matmul(a: Array, b: Array) -> Forward:
     y = np.asarray(a @ b)  # the product of two 1-D arrays would be a scalar, not an array
 
     def backward(dy):
+        # da = dy bᵀ, db = aᵀ dy; what broadcasting copied is summed back.
         _check_differentiable("matmul", a)
         a_rows = a[np.newaxis, :] if a.ndim == 1 else a  # (..., N, K)
         b_cols = b[:, np.newaxis] if b.ndim == 1 else b  # (..., K, M)
@@ -116,13 +117,14 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Forward:
     n_out, n_in = weight.shape
     x_shape = x.shape
     n_rows = math.prod(x_shape[:-1])  # all leading axes are batch, so one 2-D product does it all
-    x_rows = x.reshape(n_rows, n_in)
+    x_rows = x.reshape(n_rows, n_in)  # (N, I)
     y = x_rows @ weight.T  # (N, O)
     if bias is not None:
         y += bias
 
     def backward(dy):
-        dy_rows = dy.reshape(n_rows, n_out)
+        # dx = dy W, dW = dyᵀ x, db = Σ dy over the rows.
+        dy_rows = dy.reshape(n_rows, n_out)  # (N, O)
         dx = (dy_rows @ weight).reshape(x_shape)
         dweight = dy_rows.T @ x_rows  # (O, I): the product itself sums over the rows
         return (dx, dweight) if bias is None else (dx, dweight, sum_rows(dy_rows))
@@ -154,15 +156,15 @@ def embedding(ids: Array, weight: Array, padding_idx: int | None = None) -> Forw
     shape = weight.shape
 
     def backward(dy):
-        dweight = np.zeros(shape, dy.dtype)
+        # dweight[v] = Σ of the rows of dy where the id is v: a token used twice collects both.
+        # Sort the rows by id, then add up each run of equal ids.  (np.add.at does it 2-6x slower.)
+        flat_ids = ids.reshape(-1)  # (N,)
+        order = np.argsort(flat_ids, kind="stable")
+        sorted_ids = flat_ids[order]
+        starts = np.flatnonzero(np.append(True, sorted_ids[1:] != sorted_ids[:-1]))
+        dy_rows = dy.reshape(len(order), shape[1])  # (N, C)
+        dweight = np.zeros(shape, dy.dtype)  # (V, C)
         if ids.size:
-            # An id that occurs twice is used twice, so its row collects both: sort the rows of dy
-            # by id, then add up each run of equal ids.  (np.add.at does the same, 2-6x slower.)
-            flat_ids = ids.reshape(-1)
-            order = np.argsort(flat_ids, kind="stable")
-            sorted_ids = flat_ids[order]
-            starts = np.flatnonzero(np.append(True, sorted_ids[1:] != sorted_ids[:-1]))
-            dy_rows = dy.reshape(len(order), -1)
             dweight[sorted_ids[starts]] = np.add.reduceat(dy_rows[order], starts, axis=0)
         if padding_idx is not None:
             dweight[padding_idx] = 0
@@ -180,27 +182,33 @@ def softmax(x: Array, mask: Mask = None) -> Forward:
     x (..., S)   mask broadcastable to x, by NumPy's rules   ->   y (..., S)
 
     Masked entries are exactly 0.  A row with nothing left to attend to is all 0, and so is its
-    gradient: never NaN, and never the uniform row that a -1e9 fill gives.
+    gradient, never the uniform row that a -1e9 fill gives.  A mask hides no NaN, as in torch's
+    kernels, where -inf is added to what is masked: one NaN in x, masked or not, makes its row NaN.
     """
     _check_floats("softmax", x=x)
     _check_last_axis("softmax", "x", x, "S")
     check_mask("softmax", mask, x.shape)
     e = _exp_up_to_scale(x, mask)
     total = sum_last(e)  # (..., 1)
-    e /= total + (total == 0)  # a masked row has e = 0 throughout: 0 / 1 instead of 0 / 0
-    y = e
+    # A masked row has e = 0 throughout: 0 / 1 instead of 0 / 0.  The memory of e becomes that of y
+    y = np.divide(e, total + (total == 0), out=e)
 
     def backward(dy):
-        # dy_i/dx_j = y_i (δ_ij - y_j).  Where y is 0 so is the gradient: no second masking.
-        dx = dy - sum_last(dy * y)
-        dx *= y
+        # dx = y (dy - Σ dy y), from dy_i/dx_j = y_i (δ_ij - y_j).
+        # Where y is 0 so is the gradient: no second masking.
+        dx = _times(dy - sum_last(dy * y), y)
         return dx
 
     return y, backward
 
 
+def _times(x: Array, factor: Array | float) -> Array:
+    """x * factor, written into x: what a line has just made needs no second array."""
+    return np.multiply(x, factor, out=x)
+
+
 def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
-    """exp(x), with zeros where masked, each row times any factor: softmax divides it out again."""
+    """e = c exp(x), 0 where masked; c is any factor of a row: softmax divides it out again."""
     if x.min(initial=0) > -60 and x.max(initial=0) < 60:
         # The usual case: e^±60 and its sums are far inside float32, so no row needs its maximum
         # subtracted.  One check of the whole array is 8 times cheaper than a maximum per row.
@@ -208,9 +216,11 @@ def _exp_up_to_scale(x: Array, mask: Mask) -> Array:
         if mask is not None:
             e *= mask
         return e
-    scores = x if mask is None else np.where(mask, x, -np.inf)
+    # -inf where masked; NaN - inf is NaN, so a NaN there stays
+    scores = x if mask is None else x - np.where(mask, x.dtype.type(0), np.inf)
     top = scores.max(axis=-1, keepdims=True)
-    return np.exp(scores - np.maximum(top, np.finfo(x.dtype).min))  # finite, even where all masked
+    e = np.exp(scores - np.maximum(top, np.finfo(x.dtype).min))  # finite, even where all masked
+    return e
 
 
 def log_softmax(x: Array) -> Forward:
@@ -221,8 +231,9 @@ def log_softmax(x: Array) -> Forward:
     y = shifted - np.log(sum_last(np.exp(shifted)))
 
     def backward(dy):
-        # dy_i/dx_j = δ_ij - p_j with p = exp(y).
-        return dy - np.exp(y) * sum_last(dy)
+        # dx = dy - p Σ dy with p = exp(y), from dy_i/dx_j = δ_ij - p_j.
+        dx = dy - np.exp(y) * sum_last(dy)
+        return dx
 
     return y, backward
 
@@ -240,7 +251,9 @@ def masked_fill(x: Array, mask: Array, value: float) -> Forward:
     shape = x.shape
 
     def backward(dy):
-        return unbroadcast(dy * ~mask, shape)
+        # dx = dy where the mask is False, and 0 where x was overwritten, by NaN as well.
+        dx = unbroadcast(np.where(mask, 0.0, dy), shape)
+        return dx
 
     return y, backward
 
@@ -255,15 +268,14 @@ def attention_weights(q: Array, k: Array, mask: Mask = None) -> Forward:
     """
     _check_attention(q, k, mask)
     scale = q.shape[-1] ** -0.5  # a Python float: np.sqrt would turn float32 into float64
-    scores = q @ k.mT  # (..., T, S)
-    scores *= scale
+    scores = _times(q @ k.mT, scale)  # (..., T, S)
     weights, backward_softmax = softmax(scores, mask)  # (..., T, S)
 
     def backward(dweights):
+        # From scores = q kᵀ / √D:   dq = dscores k / √D,   dk = dscoresᵀ q / √D.
         dscores = backward_softmax(dweights)  # (..., T, S)
-        dq, dk = dscores @ k, dscores.mT @ q
-        dq *= scale
-        dk *= scale
+        dq = _times(dscores @ k, scale)  # (..., T, D)
+        dk = _times(dscores.mT @ q, scale)  # (..., S, D)
         return dq, dk
 
     return weights, backward
@@ -280,6 +292,8 @@ def attention(
 
     A mask broadcasts by NumPy's rules, from the right, whatever the leading axes mean: with q
     (B, H, T, D), one of (B, T, S) is taken for (H, T, S) where B == H.  The modules refuse it.
+
+    A masked key has weight 0, but 0 · NaN is NaN: a NaN in its key or value reaches every query.
     """
     _check_values(k, v)
     weights, backward_weights = attention_weights(q, k, mask)  # (..., T, S)
@@ -287,7 +301,8 @@ def attention(
     y = dropped @ v  # (..., T, E)
 
     def backward(dy):
-        dv = dropped.mT @ dy  # from the weights *after* dropout: those are what multiplied v
+        # From y = weights v:   dv = weightsᵀ dy,   dweights = dy vᵀ.
+        dv = dropped.mT @ dy  # (..., S, E), from the weights *after* dropout: these multiplied v
         dweights = backward_dropout(dy @ v.mT)  # (..., T, S)
         dq, dk = backward_weights(dweights)
         return dq, dk, dv
@@ -308,22 +323,25 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
     _check_layer_norm(x, weight, bias)
     eps = not_negative("layer_norm: eps", eps)
     shape, C = x.shape, x.shape[-1]
-    x_rows = x.reshape(-1, C)
-    xhat = x_rows - sum_last(x_rows) / C  # centre first: mean(x²) - mean(x)² cancels in float32
-    variance = np.vecdot(xhat, xhat)[:, np.newaxis] / C  # (N, 1)
+    x_rows = x.reshape(-1, C)  # (N, C)
+    mean = sum_last(x_rows) / C  # (N, 1)
+    centred = x_rows - mean  # (N, C).  Centre first: mean(x²) - mean(x)² cancels in float32
+    variance = np.vecdot(centred, centred)[:, np.newaxis] / C  # (N, 1)
     rstd = (variance + eps) ** -0.5
-    xhat *= rstd
+    xhat = np.multiply(centred, rstd, out=centred)  # (N, C), in the memory of `centred`
     y = xhat * weight
     y += bias
 
     def backward(dy):
         # With dxhat = dy * weight, x reaches xhat by three paths: directly, through the mean and
         # through the variance.   dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))
-        dy_rows = dy.reshape(-1, C)
+        # Over the rows, dweight = Σ dy * xhat and dbias = Σ dy.
+        dy_rows = dy.reshape(-1, C)  # (N, C)
         dy_xhat = dy_rows * xhat
-        dmean = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
-        dvariance = dy_xhat @ (weight / C)  # (N,)
-        dx = dy_rows * weight
+        share = weight / C  # (C,)
+        dmean = dy_rows @ share  # (N,): the mean of dxhat, by a matrix-vector product
+        dvariance = dy_xhat @ share  # (N,)
+        dx = dy_rows * weight  # (N, C)
         dx -= xhat * dvariance[:, np.newaxis]
         dx -= dmean[:, np.newaxis]
         dx *= rstd
@@ -333,13 +351,19 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
 
 
 def relu(x: Array) -> Forward:
-    """y = max(x, 0); the gradient at 0 is 0, as in torch.   x (...)   ->   y (...)"""
+    """y = max(x, 0); the gradient at 0 is 0, at NaN dy, as in torch.   x (...)   ->   y (...)
+
+    Where x < 0 a NaN in dy stays: it is multiplied by 0.  (torch puts 0 there.)
+    """
     _check_floats("relu", x=x)
     zeros = np.zeros(x.shape[-1:], x.dtype)  # a row of them: a scalar costs 2.5 times as much
     y = np.maximum(x, zeros)
 
     def backward(dy):
-        return dy * (y > 0)  # a product: ten times as fast as indexing with the condition
+        # dx = dy where x > 0, else 0; where x is NaN, so is y, and dy goes on as in torch.
+        # A product is ten times as fast as indexing with the condition.
+        dx = dy * (y != 0)
+        return dx
 
     return y, backward
 
@@ -354,8 +378,10 @@ def gelu(x: Array) -> Forward:
     y = x * cdf
 
     def backward(dy):
-        pdf = np.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5  # φ(x) = Φ'(x)
-        return dy * (cdf + x * pdf)
+        # dx = dy (Φ(x) + x φ(x)), φ = Φ' the normal density.
+        pdf = np.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5  # φ(x)
+        dx = dy * (cdf + x * pdf)
+        return dx
 
     return y, backward
 
@@ -372,14 +398,16 @@ def gelu_tanh(x: Array) -> Forward:
     y = 0.5 * x * (1 + tanh)
 
     def backward(dy):
+        # dx = dy (1 + tanh u + x (1 - tanh² u) du/dx) / 2, as d tanh u / du = 1 - tanh² u.
         du = c * (1 + 3 * 0.044715 * x_squared)  # du/dx
-        return dy * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * du)
+        dx = dy * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * du)
+        return dx
 
     return y, backward
 
 
 def dropout(x: Array, p: float, rng: Rng | None) -> Forward:
-    """Zero each entry with probability p and scale the rest by 1 / (1 - p), so that E[y] = x.
+    """y = x m / (1 - p), m 0 with probability p, else 1: scaled, so that E[y] = x.
 
     x (...)   ->   y (...)          "inverted" dropout   [Srivastava et al. 2014, § 10]
 
@@ -394,13 +422,18 @@ def dropout(x: Array, p: float, rng: Rng | None) -> Forward:
     y = x * factor
 
     def backward(dy):
-        return dy * factor
+        # dx = dy * factor: what was dropped learns nothing.
+        dx = dy * factor
+        return dx
 
     return y, backward
 
 
 def dropout_mask(shape: tuple[int, ...], p: float, rng: Rng) -> Array:
-    """True where an entry stays: the only place that draws, so the only one to record or replay."""
+    """keep = (u >= p) for u uniform in [0, 1): True where an entry stays.
+
+    The only place that draws, so the only one to record or replay.
+    """
     n = math.prod(shape)
     words = rng.integers(2**64, size=-(-n // 4), dtype=np.uint64)  # 4 entries from each 64 bits
     bits = words.astype("<u8", copy=False).view("<u2")[:n]  # 16 bits resolve p to 1/65536
@@ -424,35 +457,36 @@ def cross_entropy(
     t = (1 - ε) onehot + ε / V with ε = label_smoothing   [Szegedy et al. 2016, § 7], as in torch.
     The mean is over the targets that are not `ignore_index`.  `n_targets` overrides their number:
     a step split into micro-batches gives every part the count of the whole step, and the parts'
-    losses and gradients then add up to the whole's.  No target at all: the loss is NaN, as in
+    losses and gradients then add up to the whole's.  An ignored row is ignored whatever is in it,
+    NaN among it (torch's gradient there would be NaN).  No target at all: the loss is NaN, as in
     torch, the gradient 0, and a warning says so.
     """
     _check_cross_entropy(logits, targets, ignore_index, label_smoothing, n_targets)
     label_smoothing = float(label_smoothing)  # np.float64 would promote float32
     shape, V = logits.shape, logits.shape[-1]
-    labels = targets.reshape(-1)  # (N,)
-    counted = np.full(labels.shape, True) if ignore_index is None else labels != ignore_index
-    labels = np.where(counted, labels, 0)  # any valid class: these rows are left out below
+    ids = targets.reshape(-1)  # (N,)
+    counted = np.full(ids.shape, True) if ignore_index is None else ids != ignore_index  # (N,)
+    labels = np.where(counted, ids, 0)  # (N,): any valid class, these rows are left out below
     rows = np.arange(len(labels))
     n = int(counted.sum() if n_targets is None else n_targets)  # and so would np.int64
     if n == 0:
         warnings.warn("cross_entropy: every target is ignored, so the loss is NaN", stacklevel=2)
 
-    shifted = logits.reshape(-1, V)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)  # (N, V), so that no exp overflows
-    p = np.exp(shifted)  # (N, V)
-    total = sum_last(p)
-    p /= total
+    logits_rows = logits.reshape(-1, V)  # (N, V)
+    shifted = logits_rows - logits_rows.max(axis=-1, keepdims=True)  # so that no exp overflows
+    e = np.exp(shifted)  # (N, V)
+    total = sum_last(e)  # (N, 1)
+    p = np.divide(e, total, out=e)  # (N, V), in the memory of e
     log_total = np.log(total[:, 0])  # (N,): log p_v = shifted_v - log_total
-    losses = (1 - label_smoothing) * (log_total - shifted[rows, labels])
+    losses = (1 - label_smoothing) * (log_total - shifted[rows, labels])  # (N,)
     if label_smoothing:
         losses += label_smoothing * (log_total - sum_last(shifted)[:, 0] / V)
     loss = losses[counted].sum() / n if n else logits.dtype.type(np.nan)
 
     def backward(dloss=1.0):
-        # d(-Σ t_v log p_v) / dlogits = p - t, over n.
+        # dlogits = (p - t) / n, the gradient of -Σ t_v log p_v over n; 0 where not counted.
         scale = float(dloss) / max(n, 1)
-        dlogits = p * scale
+        dlogits = p * scale  # (N, V)
         if label_smoothing:
             dlogits -= scale * label_smoothing / V
         dlogits[rows, labels] -= scale * (1 - label_smoothing)
@@ -466,7 +500,7 @@ def cross_entropy(
 
 
 def erf(x: Array) -> Array:
-    """2/√π ∫₀ˣ exp(-t²) dt, by the rational forms of Cephes' ndtr.c [Moshier 1989].
+    """erf(x) = 2/√π ∫₀ˣ exp(-t²) dt, by the rational forms of Cephes' ndtr.c [Moshier 1989].
 
     Within 3 units in the last place of the true value, in float32 and float64.  No backward: it is
     a step inside `gelu`.
@@ -479,7 +513,7 @@ def erf(x: Array) -> Array:
 
 
 def _polynomial(x: Array, coefficients: tuple[float, ...]) -> Array:
-    """The polynomial with these coefficients, highest power first, by Horner's rule."""
+    """y = Σ c xⁿ with these coefficients c, highest power first, by Horner's rule."""
     y = np.full_like(x, coefficients[0])
     for c in coefficients[1:]:
         y *= x

@@ -22,7 +22,7 @@ from numpy.lib.array_utils import byte_bounds
 
 from npformer.module import Parameter
 from npformer.ops import Array
-from npformer.options import integer, not_negative, pair_of_betas, real
+from npformer.options import integer, limit, not_negative, pair_of_betas
 from npformer.schedules import Schedule, constant, cosine, inverse_sqrt, noam
 
 __all__ = [
@@ -231,8 +231,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
     As torch's clip_grad_norm_: the factor is min(1, max_norm / (norm + 1e-6)).
     """
-    if not (max_norm := real("max_norm", max_norm)) >= 0:  # infinity: only measure
-        raise ValueError(f"max_norm must be at least 0, got {max_norm}")
+    max_norm = limit("max_norm", max_norm)
     gradients = [p.grad for p in dict.fromkeys(parameters)]  # each once, should one come twice
     norm = math.sqrt(sum(float(np.vdot(grad, grad)) for grad in gradients))
     factor = max_norm / (norm + 1e-6)

@@ -32,8 +32,8 @@ def real(name: str, value: Any) -> float:
         raise ValueError(f"{name} must be a number, got {shown(value)}")
     try:
         return float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return math.copysign(math.inf, value)
+    except OverflowError:  # more than 308 digits
+        return math.inf if value == abs(value) else -math.inf
 
 
 def number(name: str, value: Any) -> float:
@@ -54,6 +54,14 @@ def not_negative(name: str, value: Any) -> float:
     found = real(name, value)
     if not 0 <= found < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {found}")
+    return found
+
+
+def limit(name: str, value: Any) -> float:
+    """At least 0; infinite, it is none."""
+    found = real(name, value)
+    if not found >= 0:
+        raise ValueError(f"{name} must be at least 0, got {found}")
     return found
 
 

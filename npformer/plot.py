@@ -1,4 +1,7 @@
-"""Pictures, where matplotlib is installed; everything works without."""
+"""Pictures, where matplotlib is installed; everything works without.
+
+A step of an answer has read a token and says the next: in all of them it is written `read → said`.
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -65,33 +68,41 @@ def _smoothed(values: list[float], keep: float = 0.95) -> list[float]:
 
 
 def draw_alignment(alignment: Any, path: str | Path) -> bool:
-    """Letters along, sounds down, as dark as the attention.  False where matplotlib is missing."""
+    """Letters along, steps down, as dark as the attention.  False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     letters, phones, weights = alignment
     figure = Figure(
-        figsize=(1.6 + 0.42 * len(letters), 1.3 + 0.36 * len(phones)), layout="constrained"
+        figsize=(2.2 + 0.42 * len(letters), 1.3 + 0.36 * len(phones)), layout="constrained"
     )
     axes = figure.subplots()
     axes.imshow(weights, cmap="Blues", vmin=0, aspect="auto")
     axes.set_xticks(range(len(letters)), letters, fontsize=13)
-    axes.set_yticks(range(len(phones)), phones, fontsize=11)
+    axes.set_yticks(range(len(phones)), steps(["start", *phones[:-1]], phones), fontsize=11)
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.set_xlabel("letters: what is attended to")
-    axes.set_ylabel("sounds: who attends")
+    axes.set_ylabel("steps, read → said: who attends")
     for edge in axes.spines.values():
         edge.set_visible(False)
     write_figure(figure, path, dpi=150)
     return True
 
 
-def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str | Path) -> bool:
+def steps(read: Sequence[str], said: Sequence[str]) -> list[str]:
+    """The names of an answer's steps."""
+    return [f"{before} → {after}" for before, after in zip(read, said, strict=True)]
+
+
+def draw_attention(
+    trace: Any, sources: list[str], targets: list[str], said: list[str], path: str | Path
+) -> bool:
     """Every layer's heads as small pictures: queries down, keys along.  False without matplotlib.
 
-    `trace` is of one sample; `sources` and `targets` are the tokens that were read.
+    `trace` is of one sample; `sources` and `targets` are the tokens that were read, `said` what was
+    to be said after each of the targets.
     """
     try:
         from matplotlib.figure import Figure
@@ -109,7 +120,7 @@ def draw_attention(trace: Any, sources: list[str], targets: list[str], path: str
     figure = Figure(figsize=(1.5 + size * n_heads, size * len(shown)), layout="constrained")
     grid = figure.subplots(len(shown), n_heads, squeeze=False)
     for i, (row, entry) in enumerate(zip(grid, shown, strict=True)):
-        queries = sources if entry.name.startswith("encoder") else targets
+        queries = sources if entry.name.startswith("encoder") else steps(targets, said)
         keys = targets if entry.name.startswith("decoder") and "self" in entry.name else sources
         for head, axes in enumerate(row):
             axes.imshow(entry.value[0, head], cmap="Blues", vmin=0, vmax=1)

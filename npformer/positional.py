@@ -58,7 +58,9 @@ class LearnedPositions(Module):
         y = x + self.weight.data[offset : offset + T]
 
         def backward(dy):
-            self.weight.grad[offset : offset + T] += dy.sum(axis=0)  # every sample used these rows
+            # dweight[offset : offset + T] = Σ dy over the samples, which all used these rows.
+            drows = dy.sum(axis=0)  # (T, C)
+            self.weight.grad[offset : offset + T] += drows
             return dy
 
         return y, backward

@@ -4,15 +4,17 @@
     seen["encoder.layers.0.self_attn.scores"].value
     for entry in seen: print(entry.name, entry.shape, entry.formula, entry.file, entry.line)
 
-Nothing is written down for it: the interpreter's profiling hook reads the named locals of the ops
-and modules as they return.  So the code that people read has no line for it, and it costs nothing
-when nobody looks.  In backward, `dx` is the gradient of `x`, in the same place.
+Nothing is written down for it: the interpreter's tracing hook, which debuggers use, reads the named
+locals of the ops and modules after each line.  So the entries come in the order in which they were
+made, the code that people read has no line for it, and it costs nothing when nobody looks.
+In backward, `dx` is the gradient of `x`, in the same place.
 
 On disk a trace is a folder that any program can write:
 
     trace.safetensors    the arrays, called 000000, 000001, ... in the order in which they came
     trace.json           {"format_version": 1, "about": {...}, "entries": [{"name", "phase",
-                         "shape", "dtype", "formula", "file", "line"}, ...]}, in the same order
+                         "shape", "dtype", "letters", "formula", "refined", "equation", "file",
+                         "line"}, ...]}, in the same order
 """
 
 import ast
@@ -22,7 +24,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -52,6 +54,8 @@ class Entry:
     formula: str  # the line of source that made it
     file: str  # "npformer/ops.py"
     line: int
+    refined: str = ""  # the lines that went on to change it in place; "" where none did
+    equation: str = ""  # of the function that the line stands in, and of those that it calls
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ def _contents(folder: Path) -> tuple[list[Entry], dict[str, Any]]:
 
 def _entry(about: Any, value: Array) -> Entry:
     """As it is described in the file.  Raises ValueError where that is nonsense."""
-    optional = {"letters": "", "formula": "", "file": "", "line": 0}
+    optional = {"letters": "", "formula": "", "file": "", "line": 0, "refined": "", "equation": ""}
     if not isinstance(about, dict):
         raise ValueError(f"an entry is {checkpoint.shortened(about)}, not an object")
     said = optional | {k: about[k] for k in ("name", "phase", *optional) if k in about}
@@ -180,11 +184,13 @@ class _Open:
     path: str
     module_names: frozenset[str]  # the locals of the innermost module's method
     is_op: bool
+    line: int = 0  # the one that is running
     noted: dict[str, int] = field(default_factory=dict)  # local -> id of its value
+    places: dict[str, int] = field(default_factory=dict)  # local -> which entry
 
 
 class Watcher:
-    """Fills `entries` as functions return."""
+    """Fills `entries` line by line, as names are bound."""
 
     package = "npformer"
     files = READ
@@ -209,32 +215,45 @@ class Watcher:
         return np.array(value) if isinstance(value, np.ndarray | np.floating) else None
 
     def __enter__(self) -> "Watcher":
-        # Python has one profiling hook.  Who holds it already is told all that happens; cProfile
-        # (until Python 3.11) is no function that could be told: it pauses while we look
-        self.before: Any = sys.getprofile()
-        self.tell = self.before if callable(self.before) else None
-        if self.before and not self.tell and not hasattr(self.before, "enable"):
-            raise ValueError(f"trace: {self.before!r} is profiling and cannot be paused: stop it")
-        sys.setprofile(self.hook)
+        # Python has one hook for it.  Who holds it, a debugger or coverage, is told all of it
+        self.before: Any = sys.gettrace()
+        sys.settrace(self.hook)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if hasattr(self.before, "enable"):
-            self.before.enable()
-        else:
-            sys.setprofile(self.before)
+        sys.settrace(self.before)
 
-    def hook(self, frame: FrameType, event: str, argument: Any) -> None:
-        if self.tell:
-            self.tell(frame, event, argument)
+    def hook(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Called as any function begins.  What it returns is called with all else that happens in
+        it: "line" before each line, "exception", and "return".
+        """
+        tell = self.before and self.before(frame, event, argument)
         if frame.f_code not in self.codes:
-            return
-        if event == "call":
-            if self.open:
-                self._note(self.open[-1])  # what the caller has made so far
-            self.open.append(_Open(frame, *self._place(frame)))
-        elif event == "return" and self.open:
-            self._note(self.open.pop())
+            return tell
+        seen = _Open(frame, *self._place(frame))
+        seen.noted = {name: id(value) for name, value in frame.f_locals.items()}  # its arguments
+        self.open.append(seen)
+
+        def follow(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal tell
+            tell = tell and tell(frame, event, argument)
+            if event == "exception":
+                seen.line = 0  # it was not completed
+            elif event == "return" or not self._is_one_statement(seen, frame.f_lineno):
+                self._note(seen)
+            if event == "return":
+                self._remember(self.open.pop())
+            else:
+                seen.line = frame.f_lineno
+            return follow
+
+        return follow
+
+    def _is_one_statement(self, seen: "_Open", line: int) -> bool:
+        """Whether the line goes on with the statement of the line before."""
+        statements = _statements(seen.frame.f_code)
+        running = statements.get(seen.line)
+        return line != seen.line and running is not None and running is statements.get(line)
 
     def _place(self, frame: FrameType) -> tuple[str, frozenset[str], bool]:
         """The path of a frame, the names that its module has, and whether it is an op."""
@@ -244,7 +263,9 @@ class Watcher:
         else:
             is_op = not isinstance(frame.f_locals.get("self"), self.module_type)
         if not is_op:
-            return self._path(frame), frozenset(_assignments(frame.f_code)), False
+            statements = _statements(frame.f_code).values()
+            names = frozenset(name for statement in statements for name in statement.names)
+            return self._path(frame), names, False
         names = self.open[-1].module_names if self.open else frozenset()
         return self._path(frame), names, True
 
@@ -264,23 +285,50 @@ class Watcher:
         return self.paths.get(id(module), here) if isinstance(module, self.module_type) else here
 
     def _note(self, seen: "_Open") -> None:
-        """What a frame has made since it was last looked at."""
-        code = seen.frame.f_code
-        op, made = code.co_qualname.split(".")[0], _assignments(code)
-        for name, value in list(seen.frame.f_locals.items()):
-            if name in code.co_freevars or seen.noted.get(name) == id(value):
+        """What the line has made that has just run."""
+        statement, values = _statements(seen.frame.f_code).get(seen.line), seen.frame.f_locals
+        if statement is None:
+            return
+        for name in statement.names:
+            if name not in values:
                 continue
+            value = values[name]
+            is_new = seen.noted.get(name) != id(value)
             seen.noted[name] = id(value)
-            array = self.array_of(value) if name in made else None
+            array = self.array_of(value) if is_new or statement.is_in_place else None
+            if array is None:
+                continue
+            if not is_new and seen.places.get(name) == len(self.entries) - 1:  # nothing came since
+                made = self.entries[-1]
+                lines = [*made.refined.splitlines(), statement.text]
+                refined = "\n".join(dict.fromkeys(lines))  # a loop's once
+                self.entries[-1] = replace(made, value=array, refined=refined)
+                continue
+            code = seen.frame.f_code
+            op, is_taken = code.co_qualname.split(".")[0], seen.is_op and name in seen.module_names
+            full = self._name(seen.path, op, name, is_taken)
+            seen.places[name] = len(self.entries)
+            self.entries.append(
+                Entry(
+                    full,
+                    self.phase,
+                    array,
+                    statement.letters[name],
+                    statement.text,
+                    f"{self.package}/{Path(code.co_filename).name}",
+                    statement.line,
+                    equation=_equations(seen.frame, statement),
+                )
+            )
+            self.noted(full, value)
+
+    def _remember(self, seen: "_Open") -> None:
+        """What a frame has when it returns, by which a backward is found to be of this place."""
+        for name, value in seen.frame.f_locals.items():
             if callable(value) or isinstance(value, np.ndarray):
                 # Kept, so that no other object gets its id while we look
-                self.called[code.co_qualname, name, id(value)] = (seen.path, value)
-            if array is not None:
-                line, formula, letters = _last_made(made[name], seen.frame.f_lineno)
-                full = self._name(seen.path, op, name, seen.is_op and name in seen.module_names)
-                file = f"{self.package}/{Path(code.co_filename).name}"
-                self.entries.append(Entry(full, self.phase, array, letters, formula, file, line))
-                self.noted(full, value)
+                key = (seen.frame.f_code.co_qualname, name, id(value))
+                self.called[key] = (seen.path, value)
 
     def noted(self, name: str, value: Any) -> None:
         """For a subclass: this value got that name."""
@@ -327,39 +375,34 @@ def codes_of(package: str, files: tuple[str, ...]) -> frozenset[CodeType]:
     return frozenset(found)
 
 
-class _Made(NamedTuple):
-    """One assignment to a local."""
+class _Statement(NamedTuple):
+    """One assignment to locals."""
 
     line: int
     text: str
-    letters: str
+    names: tuple[str, ...]
+    letters: dict[str, str]  # of each name the shape in the comment, or in the last that had one
+    is_in_place: bool  # it changes what a name has: y += bias, dy[rows] = 0
+    calls: tuple[ast.expr, ...]  # what it calls
 
 
 @functools.cache
-def _assignments(code: CodeType) -> dict[str, list[_Made]]:
-    """Of each local that is assigned: where, by what text, and the shape in its comment."""
-    tree, lines = _parsed(code.co_filename)
-    function = next(
-        (
-            node
-            for node in ast.walk(tree)
-            if isinstance(node, ast.FunctionDef)
-            and node.name == code.co_name
-            and code.co_firstlineno in (node.lineno, *(d.lineno for d in node.decorator_list))
-        ),
-        None,
-    )
-    made: dict[str, list[_Made]] = {}
-    for statement in _own_statements(function) if function else ():
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        first, last = statement.lineno, statement.end_lineno or statement.lineno
+def _statements(code: CodeType) -> dict[int, _Statement]:
+    """The assignment that each line of a function is, or is part of."""
+    lines, found, shapes = _parsed(code.co_filename)[1], {}, {}
+    for node in _own_statements(_definition(code)[-1]):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        first, last = node.lineno, node.end_lineno or node.lineno
         text = " ".join(line.split("  #")[0].strip() for line in lines[first - 1 : last])
         shape = re.match(r"\s*(\([^)]*\))", lines[last - 1].partition("#")[2])
-        for name in (name for target in targets for name in _names(target)):
-            earlier = made.setdefault(name, [])
-            letters = shape[1] if shape else earlier[-1].letters if earlier else ""
-            earlier.append(_Made(first, text, letters))
-    return made
+        names = tuple(name for target in targets for name in _names(target))
+        shapes |= dict.fromkeys(names, shape[1]) if shape else {}
+        letters = {name: shapes.get(name, "") for name in names}
+        in_place = isinstance(node, ast.AugAssign) or isinstance(targets[0], ast.Subscript)
+        calls = tuple(n.func for n in ast.walk(node.value) if isinstance(n, ast.Call))
+        statement = _Statement(first, text, names, letters, in_place, calls)
+        found |= dict.fromkeys(range(first, last + 1), statement)
+    return found
 
 
 def _names(target: ast.expr) -> Iterator[str]:
@@ -372,20 +415,78 @@ def _names(target: ast.expr) -> Iterator[str]:
         yield from _names(part)
 
 
-def _last_made(made: list[_Made], line: int) -> _Made:
-    """The assignment before this line; in a loop it may be that of the round before."""
-    return next((each for each in reversed(made) if each.line < line), made[0])
-
-
-def _own_statements(function: ast.FunctionDef) -> Iterator[ast.Assign | ast.AugAssign]:
+def _own_statements(function: ast.AST) -> Iterator[ast.Assign | ast.AugAssign]:
     """Assignments of the function itself, not of those inside it."""
-    todo: list[ast.AST] = list(function.body)
+    todo = [*ast.iter_child_nodes(function)]
     while todo:
         node = todo.pop(0)
         if isinstance(node, ast.Assign | ast.AugAssign):
             yield node
         elif not isinstance(node, ast.FunctionDef | ast.Lambda):
             todo = [*ast.iter_child_nodes(node), *todo]
+
+
+@functools.cache
+def _definition(code: CodeType) -> list[ast.AST]:
+    """The function in its file, after the classes and functions that it stands in."""
+
+    def search(inside: list[ast.AST]) -> Iterator[list[ast.AST]]:
+        node = inside[-1]
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            firsts = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+            if code.co_firstlineno in firsts:
+                yield inside
+        for inner in ast.iter_child_nodes(node):
+            yield from search([*inside, inner])
+
+    return next(search([_parsed(code.co_filename)[0]]), [ast.Module([], [])])
+
+
+EQUATION = re.compile(r"\s(=|←)\s")
+
+
+@functools.cache
+def _equation(code: CodeType) -> str:
+    """What a function computes: of a backward the comment on its top, of another the first
+    paragraph of its docstring, or of its class's; "" where that is no equation.
+    """
+    _, lines = _parsed(code.co_filename)
+    *around, node = _definition(code)
+    if not isinstance(node, ast.FunctionDef):
+        return ""
+    classes = [outer for outer in reversed(around) if isinstance(outer, ast.ClassDef)]
+    if ".<locals>." in code.co_qualname:
+        top = lines[node.lineno : node.body[0].lineno - 1]
+        found = [line.strip().removeprefix("#").strip() for line in top]
+        said = ["\n".join(found)]
+    else:
+        docs = [ast.get_docstring(documented) for documented in (node, *classes)]
+        said = [doc.split("\n\n")[0] for doc in docs if doc]
+    name = code.co_qualname.replace(".<locals>.", " ").replace(".forward", "")
+    return next((f"{name}:  {text}" for text in said if EQUATION.search(text)), "")
+
+
+def _equations(frame: FrameType, statement: _Statement) -> str:
+    """Of the function in which it stands, and of what the statement calls."""
+    codes = [frame.f_code, *(_code_of(_value(call, frame)) for call in statement.calls)]
+    package = str(Path(frame.f_code.co_filename).parent)
+    ours = [code for code in codes if code and code.co_filename.startswith(package)]
+    return "\n".join(dict.fromkeys(filter(None, map(_equation, ours))))
+
+
+def _value(name: ast.expr, frame: FrameType) -> Any:
+    """What a.b.c is, there."""
+    if isinstance(name, ast.Attribute):
+        return getattr(_value(name.value, frame), name.attr, None)
+    if isinstance(name, ast.Name):
+        return frame.f_locals.get(name.id, frame.f_globals.get(name.id))
+    return None
+
+
+def _code_of(called: Any) -> CodeType | None:
+    """Of a function or method its code, of a module its forward's."""
+    called = getattr(type(called), "forward", called)
+    return getattr(called, "__code__", None)
 
 
 @functools.cache
@@ -439,10 +540,16 @@ def difference(a: Trace, b: Trace, bound: float | None = None) -> Difference | N
 
 
 def _compare(entry: Entry, other: Array, bound: float | None) -> str | None:
+    if entry.value.dtype == other.dtype and np.array_equal(entry.value, other):
+        return None
+    # Masks and ids as numbers: booleans cannot be subtracted, and unsigned integers wrap around
+    value, other = (
+        x.astype(np.float64) if x.dtype.kind in "biu" else x for x in (entry.value, other)
+    )
     scale = float(np.abs(np.nan_to_num(other)).max(initial=0)) or 1.0
     if bound is None:
-        bound = 1e-10 if entry.value.dtype == other.dtype == np.float64 else 1e-3
-    return compare.report(entry.name, entry.value, other, bound * scale)
+        bound = 1e-10 if value.dtype == other.dtype == np.float64 else 1e-3
+    return compare.report(entry.name, value, other, bound * scale)
 
 
 def _config(seen: Trace) -> dict[str, Any]:

@@ -458,6 +458,7 @@ class _Run:
         """
         path = self.folder / RESUME
         tensors, metadata = checkpoint.load_tensors(path)
+        checkpoint.check_finite(path, {k: x for k, x in tensors.items() if x.dtype.kind == "f"})
         with checkpoint.blame(path):
             for name in ("task", "backend", "seed"):
                 if metadata[name] != str(self.about[name]):
@@ -474,8 +475,26 @@ class _Run:
             for name, x in tensors.items():
                 part, _, rest = name.partition(".")
                 parts[part][rest] = x
+            self._check_others(progress)
             self.trainer.load(parts["model"], parts["state"], parse_json(metadata["values"]))
             return progress
+
+    def _check_others(self, progress: Progress) -> None:
+        """What is read again only when the run ends: the best weights, and those to be averaged."""
+        expected = {name: x.shape for name, x in self.trainer.weights().items()}
+        if progress.best is not None:
+            config, best = checkpoint.load(self.folder)
+            checkpoint.check_finite(self.folder / checkpoint.MODEL, best)
+            with checkpoint.blame(self.folder):
+                checkpoint.check_state(expected, best)
+                if config != self.trainer.config:
+                    raise ValueError("the best checkpoint has another model configuration")
+        for step in progress.recent:
+            path = _snapshot(self.folder, step)
+            kept, _ = checkpoint.load_tensors(path)
+            with checkpoint.blame(path):
+                checkpoint.check_state(expected, kept)
+            checkpoint.check_finite(path, kept)
 
     def _keep(self) -> None:
         """The weights at this step beside those of the evaluations before it, to be averaged."""

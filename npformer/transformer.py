@@ -111,6 +111,7 @@ class Transformer(Module):
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
+        """logits = decode(tgt, memory) with memory = encode(src); without a source decode(tgt)."""
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
         if src is not None and len(src) != len(tgt):
@@ -128,7 +129,7 @@ class Transformer(Module):
         return logits, backward
 
     def encode(self, src: Array, src_mask: Mask = None, rng: Rng | None = None) -> Forward:
-        """src (B, S)   ->   memory (B, S, C)"""
+        """memory = encoder(embed(src)).   src (B, S)   ->   memory (B, S, C)"""
         self._check_source(src)
         mask = padding_mask(src, self.config.src_pad_id)  # (B, 1, 1, S)
         mask = self._and("src_mask", src_mask, mask, src.shape[1])  # -> (B, H, S, S)
@@ -145,8 +146,9 @@ class Transformer(Module):
         tgt_mask: Mask = None,
         rng: Rng | None = None,
     ) -> Forward:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory
+        """logits = head(y) with y = decoder(embed(tgt), memory).
 
+        tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V);  backward -> dmemory
         memory_mask -> (B, H, T, S); None: all of the memory may be attended to
         """
         self._check_ids("tgt", "(B, T)", tgt)
@@ -164,6 +166,7 @@ class Transformer(Module):
         def backward(dlogits):
             if memory is None:
                 return backward_embed(backward_decoder(backward_head(dlogits)))
+            # dy = J_headᵀ dlogits;   dx, dmemory = J_decoderᵀ dy.
             dx, dmemory = backward_decoder(backward_head(dlogits))
             backward_embed(dx)
             return dmemory
@@ -218,7 +221,10 @@ class Transformer(Module):
         rng: Rng | None = None,
         offset: int = 0,
     ) -> Forward:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]"""
+        """x = √C E[ids] + P: the token's row times √C, plus the position's   [§ 3.4].
+
+        ids (B, T)   ->   x (B, T, C)
+        """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
         e, backward_embedding = embedding(ids)  # (B, T, C)
         x, backward_positions = positions(e * scale, offset)

@@ -1,6 +1,7 @@
 """Hyper-parameters and options: rows of the table of test_refusals.py."""
 
 import inspect
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -8,7 +9,11 @@ import torch
 from refusals import NO_INTEGERS, NO_NUMBERS, NOT_FINITE, SMALL, Row, rows
 
 import npformer
-import torchformer
+import torchformer.parallel
+import torchformer.training
+from npformer import normalize, tasks
+from npformer.testing.cases import make_cases
+from npformer.training import Recipe, Trainer, run
 
 
 def _config() -> list[Row]:
@@ -187,4 +192,175 @@ def _leaves() -> list[Row]:
     ]
 
 
-ROWS = [*_config(), *_ops(), *_modules(), *_leaves()]
+def parameters():
+    return [npformer.Parameter(np.ones(2))]
+
+
+def torchs():
+    return [torch.nn.Parameter(torch.ones(2))]
+
+
+NO_DECAYS = [*NO_NUMBERS, -0.5, *NOT_FINITE]
+NO_BETAS = [0.9, None, "ab", (0.9,), (0.9, 0.99, 0.999), (1.0, 0.0), (0.9, 1.0), (-0.1, 0.9)]
+NO_BETAS += [(0.9, math.nan), (0.9, None), (True, 0.5), {0.9: 1}]
+
+
+def _optimizers() -> list[Row]:
+    """The twins are torch's own: see test_torch_refuses_these_hyper_parameters_too."""
+    found = []
+    at_least_0 = r"must be (at least 0 and finite|a number), got "
+    for name in ("SGD", "Adam", "AdamW"):
+        make = getattr(npformer, name)
+        found += rows(
+            f"{name} rate",
+            lambda rate, make=make: make(parameters(), rate),
+            None,
+            f"^rate {at_least_0}",
+            NO_DECAYS,
+        )
+        found += rows(
+            f"{name} schedule that returns",
+            lambda rate, make=make: make(parameters(), lambda step: rate).step(),
+            None,
+            f"^rate {at_least_0}",
+            NO_DECAYS,
+        )
+        for option in ["weight_decay", *(["momentum"] if name == "SGD" else ["eps"])]:
+            found += rows(
+                f"{name} {option}",
+                lambda value, make=make, option=option: make(parameters(), **{option: value}),
+                None,
+                f"^{option} {at_least_0}",
+                NO_DECAYS,
+            )
+        if name != "SGD":
+            found += rows(
+                f"{name} betas",
+                lambda betas, make=make: make(parameters(), betas=betas),
+                None,
+                r"^betas must be two numbers in \[0, 1\), got ",
+                NO_BETAS,
+            )
+    return found + rows(
+        "clip_grad_norm max_norm",
+        lambda value: npformer.clip_grad_norm(parameters(), value),
+        lambda value: torchformer.parallel.clip_grad_norm(torchs(), value),
+        r"^max_norm must be (at least 0|a number), got ",
+        [*NO_NUMBERS, -1.0, math.nan, -math.inf],
+    )
+
+
+def _schedules() -> list[Row]:
+    found = []
+    right = {"peak": 0.1, "warmup": 10, "total": 100, "d_model": 8, "rate": 0.1}
+    for name in ("constant", "noam", "inverse_sqrt", "cosine"):
+        make = getattr(npformer.schedules, name)
+        known = [*inspect.signature(make).parameters]
+        for option in known:
+            is_size = option in ("warmup", "total", "d_model")
+            message = "an integer|at least 1" if is_size else "at least 0 and finite|a number"
+            found += rows(
+                f"{name} {option}",
+                lambda value, make=make, known=known, option=option: make(
+                    **{key: x for key, x in right.items() if key in known} | {option: value}
+                ),
+                None,
+                f"^{option} must be ({message}), got ",
+                NO_SIZES if is_size else NO_DECAYS,
+            )
+    return found
+
+
+def _training() -> list[Row]:
+    """One recipe for both trainers."""
+    found = []
+    for field in fields(Recipe):
+        message, values = "must be (an integer|at least [01]), got ", [*NO_INTEGERS, -1]
+        if field.name == "schedule":
+            message, values = "must be (constant, noam, inv|a string)", [None, 1, "linear"]
+        elif field.name == "betas":
+            message, values = r"must be two numbers in \[0, 1\), got ", NO_BETAS
+        elif field.name == "label_smoothing":
+            message, values = "(is a probability|must be a number), got ", NO_PROBABILITIES
+        elif field.type in (float, "float"):
+            message, values = "must be (positive|a number), got ", [*NO_NUMBERS, 0, -1, *NOT_FINITE]
+        found += rows(
+            f"recipe {field.name}",
+            lambda value, name=field.name: Recipe(**{name: value}),
+            None,
+            f"^{field.name} {message}",
+            values,
+        )
+    no_seeds = [*NO_INTEGERS, -1, -(2**70)]
+    found += rows(
+        "trainer seed",
+        lambda seed: Trainer(SMALL, Recipe(), seed),
+        lambda seed: torchformer.training.Trainer(SMALL, Recipe(), seed),
+        "^seed must be (an integer|at least 0), got ",
+        no_seeds,
+    )
+    found += rows(
+        "trainer threads",
+        lambda n: Trainer(SMALL, Recipe(), 0, n),
+        None,
+        "^threads must be (an integer|at least 1), got ",
+        NO_SIZES,
+    )
+    for option, message, values in (
+        ("seed", "(an integer|at least 0)", no_seeds),
+        ("minutes", "(positive|a number)", [*NO_NUMBERS[1:], 0, -1.0, *NOT_FINITE]),
+        ("patience", "(an integer|at least 1)", NO_SIZES[1:]),
+        ("test_examples", "(an integer|at least 1)", NO_SIZES[1:]),
+    ):
+        found += rows(
+            f"run {option}",
+            lambda value, option=option: run(
+                None, tasks.load("sort"), "/nowhere", recipe=Recipe(), **{option: value}
+            ),
+            None,
+            f"^{option} must be {message}, got ",
+            values,
+        )
+    found += rows(
+        "the kit's seed", lambda seed: make_cases(("op",), 1, seed), None, "^seed must be", no_seeds
+    )
+    found += rows(
+        "the kit's examples",
+        lambda n: make_cases(("op",), n),
+        None,
+        "^examples must be (an integer|at least 1), got ",
+        NO_SIZES,
+    )
+    return found
+
+
+def _normalize() -> list[Row]:
+    x, w = np.ones((2, 4, 3)), np.ones(4)
+    eps = r"^eps must be (at least 0 and finite|a number), got "
+    return [
+        *rows("normalize eps", lambda eps: normalize.normalize(x, -1, eps), None, eps, NO_EPS),
+        *rows("rms_norm eps", lambda e: normalize.rms_norm(x, w[:3], e), None, eps, NO_EPS),
+        *rows("group_norm eps", lambda e: normalize.group_norm(x, 2, w, w, e), None, eps, NO_EPS),
+        *rows(
+            "instance_norm eps", lambda e: normalize.instance_norm(x, w, w, e), None, eps, NO_EPS
+        ),
+        *rows("batch_norm eps", lambda e: normalize.batch_norm(x, w, w, eps=e), None, eps, NO_EPS),
+        *rows(
+            "batch_norm momentum",
+            lambda m: normalize.batch_norm(x, w, w, momentum=m),
+            None,
+            r"^momentum (is a probability|must be a number), got ",
+            NO_PROBABILITIES,
+        ),
+        *rows(
+            "n_groups",
+            lambda n: normalize.group_norm(x, n, w, w),
+            None,
+            r"^group_norm: n_groups must (be an integer|be at least 1|divide C = 4), got ",
+            [*NO_SIZES, 3],
+        ),
+    ]
+
+
+ROWS = [*_config(), *_ops(), *_modules(), *_leaves(), *_optimizers(), *_schedules()]
+ROWS += [*_training(), *_normalize()]

@@ -14,7 +14,7 @@ import pytest
 
 import npformer
 from benchmarks import __main__ as whole
-from benchmarks import decoding, harness, plots, tables, training
+from benchmarks import decoding, harness, plots, roofline, tables, training
 from benchmarks.configs import SIZES, Size
 from benchmarks.contenders import Floor, Problem, make
 from benchmarks.harness import BenchmarkError, Contender, Measurement, Result, Run, measure
@@ -234,6 +234,26 @@ def test_tables_and_plots_are_drawn_from_the_files(results, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
+def test_what_is_above_the_roof_of_the_memory_is_explained(results):
+    """An op can only be there if a cache holds its arrays, whose own roof is measured as well."""
+    pytest.importorskip("matplotlib")
+    fresh = Result.load(next(results.glob("*-roofline.json")))
+    (run,) = fresh.runs
+    assert roofline.moved(run, roofline.COPY_CACHED) > 0
+    assert set(roofline.points(run)[2]).isdisjoint(roofline.CEILINGS)
+    assert "roof: cache" in roofline.draw(fresh.runs)
+    (axes,) = plots.draw_roofline(fresh).axes
+    assert {"-", "--"} <= {line.get_linestyle() for line in axes.lines}
+    committed = tables.newest_of(tables.RESULTS.glob("*.json"))["roofline"]
+    for axes, run in zip(plots.draw_roofline(committed).axes, committed.runs, strict=True):
+        top, copying, found = roofline.points(run)
+        above = [name for name, (x, rate) in found.items() if rate > 1.05 * min(top, x * copying)]
+        assert all(run.about["bytes"][name] < 2**24 for name in above)  # a cache of 32 MiB
+        lines = {line.get_linestyle() for line in axes.lines}
+        said = " ".join(text.get_text() for text in axes.texts)
+        assert "--" in lines or all(f"{name} moves" in said for name in above)
+
+
 def test_quick_results_do_not_get_into_the_readme(results):
     assert tables.newest_of(sorted(results.rglob("*-training.json"))) == {}
 
@@ -314,243 +334,3 @@ def test_the_whole_set_names_only_commands_that_exist():
 def test_the_weights_of_a_problem_hide_nothing():
     weights = Problem(TINY, 0.1, clip=True).weights
     assert all(np.ptp(w) > 0 for w in weights.values())
-
-
-# --- The GPU's, on a CPU ----------------------------------------------------------------------
-
-
-def test_the_gpu_benchmark_runs_through_on_a_cpu(tmp_path):
-    """All sections, on toy sizes: the code, not the figures."""
-    from benchmarks.gpu import SECTIONS
-
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "bench.json").read_text())
-    assert list(found["results"]) == list(SECTIONS)
-    assert not any(isinstance(section, str) for section in found["results"].values())  # skipped
-    assert "host" not in json.dumps(found["environment"]).lower()
-    assert all(row["ok"] for row in found["results"]["parity"].values())
-    rows = found["results"]["ladder"]
-    assert [row["name"] for row in rows] == [
-        "NumPy float64",
-        "NumPy float32",
-        "torch float32, CPU",
-        "CPU, bf16, eager",
-        "+ fused attention (SDPA)",
-        "+ fused AdamW",
-    ]
-    for row in rows:  # twice the roundings of an entry, at the most
-        assert row["gradient_error"] < 2 * (
-            2**-8 if "bf16" in row["name"] or "+" in row["name"] else 2**-18
-        )
-    results = found["results"]
-    floors = [results["training B"], results["training C"], results["drift"]]
-    floors += [*results["training A"].values(), *results["decoding"].values()]
-    assert all(0 < row["of_the_floor"] < 1 for row in floors)
-    losses = [row["loss"] for row in results["training A"].values()]
-    assert max(losses) - min(losses) < 2**-8 * max(losses)  # the same weights and batches
-    report = (tmp_path / "report.md").read_text()
-    assert all(f"## {name}" in report for name in SECTIONS)
-    pytest.importorskip("matplotlib")
-    for name in ("breakdown", "crossover", "ladder", "roofline"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--device", "cuda"], "torch finds no CUDA device here"),
-        (["--device", "cpu", "--only", "banana"], "unknown section 'banana'"),
-    ],
-)
-def test_the_gpu_benchmark_refuses_in_one_line(arguments, said, tmp_path, capsys):
-    import torch
-
-    from benchmarks import gpu
-
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(tmp_path), *arguments])
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert said in error
-
-
-def test_the_gpu_benchmark_refuses_a_card_without_bfloat16(monkeypatch, tmp_path, capsys):
-    import torch
-
-    from benchmarks import gpu
-
-    def refuse(precision, device):
-        raise ValueError(f"Tesla T4 does not have {precision}")
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "check_precision", refuse)
-    with pytest.raises(SystemExit) as stop:
-        gpu.main(["--out", str(tmp_path)])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err.endswith("gpu: Tesla T4 does not have bfloat16\n")
-
-
-def test_a_section_that_does_not_fit_is_skipped_and_says_so(tmp_path, capsys):
-    from benchmarks import gpu
-
-    arguments = ["--out", str(tmp_path), "--device", "cpu", "--only", "crossover"]
-    assert gpu.main([*arguments, "--budget", "0"]) == 0
-    assert "skipped: 0 s were left of 0" in capsys.readouterr().out
-
-
-@pytest.mark.filterwarnings("ignore:enable_nested_tensor")  # a fast path of inference
-def test_the_gpu_benchmark_compares_the_same_weights_and_tokens():
-    """In float32, before the first step, both lose the same: on full batches and on ragged ones."""
-    import torch
-
-    from benchmarks import gpu
-
-    cpu = torch.device("cpu")
-    setting = gpu.settings(cpu)["A"]
-    plain: dict = {"bf16": False, "compiled": False}
-    padded = gpu.ragged_batches(setting, by_length=False)
-    for batches, masks in ((gpu.full_batches(setting), False), (padded, True)):
-        ours = gpu.Step(setting, cpu, batches=batches, **plain)
-        model = gpu.Reference(setting, masks)
-        theirs = gpu.Step(setting, cpu, model=model, batches=batches, **plain)
-        for _ in batches:
-            a, b = float(ours.loss().detach()), float(theirs.loss().detach())
-            assert a == pytest.approx(b, rel=1e-5)
-    together = gpu.ragged_batches(setting, by_length=True)
-
-    def pairs(batches):  # without their pads, in any order
-        rows = [row for src, *rest in batches for row in zip(src, *rest, strict=True)]
-        return sorted([[int(i) for i in x if i] for x in row] for row in rows)
-
-    assert pairs(together) == pairs(padded)
-    assert sum(src.numel() for src, *_ in together) < sum(src.numel() for src, *_ in padded)
-
-
-def test_the_floors_are_those_of_the_shapes():
-    """FLOP against PyTorch's own count, bytes of decoding against the arrays that it reads."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from benchmarks import gpu, gpu_shapes
-    from torchformer import fast
-
-    cpu = torch.device("cpu")
-    for name, setting in gpu.settings(cpu).items():
-        c, n = setting.config, setting.batch * setting.length
-        step = gpu.Step(setting, cpu, bf16=False, compiled=False)
-        with gpu.written_out_attention(), FlopCounterMode(display=False) as counted:
-            step.loss().backward()
-        masked_out = n * c.n_decoder_layers * 12 * setting.length * c.d_model / 2
-        assert counted.get_total_flops() == gpu.training_work(setting).flops + masked_out, name
-        sizes = {k: p.numel() for k, p in step.model.named_parameters() if p.ndim == 2}
-        multiply = sum(s for k, s in sizes.items() if "positions" not in k)  # tied: the table too
-        assert sum(gpu_shapes.matrices(c)) == multiply
-    decoder = fast.StaticDecoder(step.model, 2, 7)
-    held = sum(x.numel() for layer in decoder.layers for x in (layer.keys, layer.values))
-    assert gpu.decoding_work(c, 2, 7, 4).n_bytes == 4 * (multiply + held)
-
-
-def test_the_floor_is_of_the_precision_of_the_work():
-    import torch
-
-    from benchmarks import gpu
-
-    bench = gpu.Bench(torch.device("cpu"), 1.0)
-    bench.results["ceilings"] = {"bf16_tflops": 1.0, "float32_tflops": 4.0, "copy_tb_per_s": 1.0}
-    work = gpu.Work(flops=8e12, n_bytes=1e12)
-    for precision, floor in (("bf16", 8), ("float32", 2)):
-        found = bench.against_the_card(work, 16.0, precision)
-        assert found["floor_seconds"] == floor
-        assert found["of_the_floor"] == found["of_measured_ceiling"] == floor / 16
-
-
-def test_every_section_of_the_gpu_benchmark_may_compile_its_shapes(monkeypatch, tmp_path):
-    """Dynamo keeps eight shapes of a function and refuses a ninth: each section starts anew."""
-    import torch
-
-    from benchmarks import gpu
-
-    def doubled(sizes):
-        compiled = torch.compile(
-            lambda x: 2 * x, fullgraph=True, dynamic=False, backend="eager"
-        )  # the same code, and so the same eight places, in both sections
-        return {str(n): float(compiled(torch.ones(n)).sum()) for n in sizes}
-
-    sections = {
-        "first": (0.1, lambda bench, seconds: doubled(range(1, 7))),
-        "second": (0.1, lambda bench, seconds: doubled(range(7, 13))),
-    }
-    monkeypatch.setattr(gpu, "SECTIONS", sections)
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "bench.json").read_text())["results"]
-    assert results["second"]["12"] == 24
-
-
-def test_the_floor_is_what_takes_longer():
-    from benchmarks.gpu_shapes import Work
-
-    assert Work(10, 3).floor(flops_per_s=2, bytes_per_s=1) == 5
-    assert Work(10, 30).floor(flops_per_s=2, bytes_per_s=1) == 30
-
-
-def test_attention_written_out_is_the_fused_one_and_is_taken_back():
-    import torch
-
-    import torchformer
-    from benchmarks import gpu
-
-    fused = torchformer.ops.attention
-    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
-    with gpu.written_out_attention():
-        assert torchformer.ops.attention is not fused
-        found = torchformer.ops.attention(q, k, v, torchformer.masks.CAUSAL)
-    assert torchformer.ops.attention is fused
-    np.testing.assert_allclose(found, fused(q, k, v, torchformer.masks.CAUSAL), rtol=1e-12)
-
-
-def test_it_is_seen_which_attention_pytorch_chose():
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from benchmarks import gpu
-
-    q = torch.randn(1, 2, 8, 16)
-    for backend in ("FLASH_ATTENTION", "MATH"):
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            said = gpu.backend_of(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q))
-        assert said == backend
-
-
-def test_what_no_gpu_has_measured_says_so_in_every_cell():
-    from benchmarks import gpu_report
-
-    table = gpu_report.summary(None)
-    cells = [c.strip() for line in table.splitlines() for c in line.split("|")[2:-1]]
-    assert cells.count("not measured") == 3 * 7 + 5
-    assert not any(character.isdigit() for cell in cells for character in cell)
-    assert gpu_report.summary(None) in (ROOT / "README.md").read_text() or list(
-        (ROOT / "benchmarks" / "results").glob("*-gpu.json")
-    )
-    row = {"tokens_per_second": 1234567.0, "of_the_floor": 0.5, "of_datasheet": 0.25}
-    content = {
-        "environment": {"created": "2026-01-02T", "device": "NVIDIA H200", "torch": "2.11"},
-        "results": {
-            "training A": {"torchformer": row, "nn.Transformer, eager bf16": {"ours_to_it": 2.0}},
-            "training B": "skipped: 0 s were left of 540",
-        },
-    }
-    table = gpu_report.summary(content)
-    assert re.search(r"A, training.*\| *1,234,567 \| *50% \| *25% \|", table)
-    assert re.search(r"B, training.*\| *not measured", table)
-    assert re.search(r"full batches, against eager bf16 *\| *2.00 \|", table)
-    assert "NVIDIA H200" in table

@@ -336,6 +336,13 @@ def test_a_broken_checkpoint_is_refused_and_left_as_it_is(folder, capsys, what):
 RESUMES = {
     "nothing to go on from": (remove("resume.safetensors"), [], "safetensors: no such file"),
     "half of the state": (cut("resume.safetensors"), [], "resume.safetensors: "),
+    "half of the best weights": (cut("model.safetensors"), [], "model.safetensors: "),
+    "best weights of something else": (
+        foreign_tensors("model.safetensors"),
+        [],
+        "has unknown 'resnet",
+    ),
+    "another config beside them": (change_config, [], "config.json: not the configuration that"),
     "a state of something else": (
         foreign_tensors("resume.safetensors"),
         [],

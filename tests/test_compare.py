@@ -215,3 +215,9 @@ def test_nudge_is_a_rounding_of_each_entry():
     nudged = compare.nudge(x, np.random.default_rng(0))
     np.testing.assert_allclose(abs(nudged / x - 1), 2.0**-24, rtol=1e-6)
     assert {*np.sign(nudged / x - 1).ravel()} == {-1, 1}
+
+
+@pytest.mark.parametrize("c", [1e-200, 1e200, -1e-200])
+def test_a_factor_beyond_all_names_is_a_factor(c):
+    """As numbers are that nobody has computed."""
+    assert "a constant factor: actual = " in str(compare.report("dweight", c * x, x, 1e-250))

@@ -388,6 +388,48 @@ def test_torchrun_trains_saves_resumes_and_both_twins_read_it_fsdp(tmp_path):
         np.testing.assert_array_equal(x, twin.state_dict()[name].numpy(), err_msg=name)
 
 
+def test_what_is_resumed_is_the_run_that_was_asked_for_ddp(tmp_path, monkeypatch, capsys):
+    """A group of one; a run that was killed before its first save begins anew."""
+    from torchformer import parallel
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    out, config = str(tmp_path / "run"), small(tmp_path)
+    other = tmp_path / "other.toml"
+
+    def resumed(task="sort", toml=config, *options):
+        words = [task, "--device", "cpu", "--out", out, "--config", str(toml), "--steps", "2"]
+        return parallel.main([*words, *options])
+
+    def files():
+        return {path: path.read_bytes() for path in Path(out).rglob("*") if path.is_file()}
+
+    assert resumed() == 0
+    before = files()
+    for old, new, reason in (
+        ("n_heads = 2", "n_heads = 4", "has n_heads 2, not 4"),
+        ("batch_size = 8", "batch_size = 4", "has batch_size 8, not 4"),
+        ("d_ff = 16", "d_ff = 16\nactivation = 'gelu'", "has activation relu, not gelu"),
+    ):
+        other.write_text(Path(config).read_text().replace(old, new))
+        assert resumed("sort", other, "--resume") == 2
+        assert reason in capsys.readouterr().err
+    assert resumed("reverse", config, "--resume") == 2
+    assert "has the task sort" in capsys.readouterr().err
+    assert resumed("sort", config, "--resume", "--seed", "7") == 2
+    assert "has the seed 0" in capsys.readouterr().err
+    assert files() == before
+    for path in [*before]:
+        if path.name != "run.json":
+            path.unlink()
+    (tmp_path / "run" / "shards").rmdir()
+    assert resumed("sort", config, "--resume") == 0
+    for path, content in before.items():
+        if path.suffix == ".safetensors":
+            assert path.read_bytes() == content, path
+
+
 def test_ranks_that_do_not_divide_the_heads_are_refused_in_one_line_tp(tmp_path):
     common = ["sort", "--parallel", "tp", "--device", "cpu", "--config", small(tmp_path)]
     done = forked(*common, folder=tmp_path, ranks=3)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import npformer
-from npformer import checkpoint, cli, tasks, training
+from npformer import checkpoint, cli, plot, tasks, training
 from npformer.page import MOST_COLUMNS, MOST_ROWS, policy, write_page
 from npformer.testing.models import make_model
+from npformer.tracing import Entry, Trace
 
 CONFIG = npformer.TransformerConfig(
     9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=1, n_decoder_layers=2, max_len=80
@@ -21,13 +22,15 @@ CONFIG = npformer.TransformerConfig(
 SRC, TGT = [3, 4, 5], [1, 6, 7, 8]
 
 
-def written(path, src=SRC, tgt=TGT, source=None, target=None):
-    model = make_model(CONFIG, 0)
+def written(path, src=SRC, tgt=TGT, source=None, target=None, config=CONFIG, **options):
+    model = make_model(config, 0)
     targets = np.array([[*tgt[1:], 2]])
-    seen = npformer.trace(model, np.array([src]), np.array([tgt]), target=targets)
+    sources = np.array([src]) if src else None
+    seen = npformer.trace(model, sources, np.array([tgt]), target=targets)
     source = source or [f"s{i}" for i in src]
     target = target or [f"t{i}" for i in tgt]
-    size = write_page(seen, path, src=src, tgt=tgt, source=source, target=target, about="a <b>")
+    options |= {"source": source, "target": target, "about": "a <b>"}
+    size = write_page(seen, path, src=src, tgt=tgt, **options)
     return seen, size
 
 
@@ -52,9 +55,138 @@ def test_the_values_in_the_page_are_the_traces(tmp_path):
             assert "are left out" in shown["cut"]
     weights = next(e for e in data["entries"] if e["name"].endswith("cross_attn.weights"))
     assert weights["axes"] == ["target", "source"]
+    assert weights["mask"] == "cross"
     assert "softmax" in weights["formula"]
     assert "exp(x)" in weights["equation"]
     assert re.search(r"^t6 +\. +\. +\.$", data["masks"]["cross"], re.MULTILINE)
+
+
+# --- What the axes are called ------------------------------------------------------------------
+
+NO_TWO_EQUAL = dict(d_model=10, n_heads=2, d_ff=13, n_encoder_layers=1, n_decoder_layers=2)
+PARTS = [
+    {},
+    {"norm_first": True, "final_norm": True, "positions": "learned", "activation": "gelu"},
+    {"share_embeddings": True, "tie_head": True},
+    {"n_encoder_layers": 0, "activation": "gelu_tanh"},
+    {"n_encoder_layers": 0, "positions": "learned", "norm_first": True},
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "post-norm")
+def test_every_axis_of_every_tensor_is_called_what_it_counts(tmp_path, parts):
+    """By its size, in a model and a sample in which no two sizes are equal."""
+    n_source = 17 if "share_embeddings" in parts else 11
+    config = npformer.TransformerConfig(n_source, 17, **(NO_TWO_EQUAL | parts))
+    src = [] if config.n_encoder_layers == 0 else [3] * 4
+    seen, _ = written(tmp_path / "page.html", src, [1] + [5] * 6, config=config)
+    counts = {4: "source", 7: "target", 17: "target vocabulary", 11: "source vocabulary"}
+    shown = data_of(tmp_path / "page.html")["entries"]
+    assert len(shown) > 200
+    for entry, about in zip(seen, shown, strict=True):
+        expected = [None, None, *(counts.get(n) for n in entry.shape)][-2:]
+        if entry.name.endswith(("order", "sorted_ids")):  # by id, not by position
+            expected = [None, None]
+        assert about["axes"] == expected, (entry.name, entry.shape)
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda parts: "+".join(parts) or "post-norm")
+def test_axes_have_their_names_where_every_size_is_the_same(tmp_path, parts):
+    """Nothing can be read off the shapes: a source as long as its answer, the width, the words."""
+    config = npformer.TransformerConfig(8, 8, **(NO_TWO_EQUAL | {"d_model": 8, "d_ff": 8} | parts))
+    sizes = NO_TWO_EQUAL | {"d_model": 12, "d_ff": 14}
+    other = npformer.TransformerConfig(8, 8, **(sizes | parts))
+    named = []
+    for c, n, m in ((config, 8, 8), (other, 3, 4)):
+        src = [] if c.n_encoder_layers == 0 else [3] * n
+        written(tmp_path / "page.html", src, [1] + [5] * (m - 1), config=c)
+        shown = data_of(tmp_path / "page.html")["entries"]
+        named.append({about["name"]: about["axes"] for about in shown})
+    assert named[0] == named[1]
+
+
+MEANT = """
+encoder.layers.0.self_attn.scores                     source  source
+encoder.layers.0.self_attn.kh                         source  -
+encoder.layers.0.norm1.dmean                          -       source
+decoder.layers.0.self_attn.dscores                    target  target
+decoder.layers.0.self_attn.k_proj.x_rows              target  -
+decoder.layers.0.cross_attn.weights                   target  source
+decoder.layers.0.cross_attn.softmax.e                 target  source
+decoder.layers.0.cross_attn.q_proj.linear.y           target  -
+decoder.layers.0.cross_attn.k_proj.linear.y           source  -
+decoder.layers.0.cross_attn.v_proj.dy_rows            source  -
+decoder.layers.0.cross_attn.qh                        target  -
+decoder.layers.0.cross_attn.k                         source  -
+decoder.layers.0.cross_attn.vh                        source  -
+decoder.layers.0.cross_attn.yh                        target  -
+decoder.layers.0.cross_attn.dq                        target  -
+decoder.layers.0.cross_attn.dk                        source  -
+decoder.layers.0.cross_attn.attention.dv              source  -
+decoder.layers.0.cross_attn.attention_weights.dk      source  -
+decoder.layers.0.dv_memory                            source  -
+decoder.layers.0.feed_forward.h                       target  -
+decoder.dmemory                                       source  -
+memory                                                source  -
+e                                                     source  -
+e#2                                                   target  -
+mask                                                  -       source
+mask#2                                                target  target
+logits                                                target  target-vocabulary
+loss.p                                                target  target-vocabulary
+loss.losses                                           -       target
+loss.dlogits                                          target  target-vocabulary
+head.dweight                                          target-vocabulary  -
+src_embedding.dweight                                 source-vocabulary  -
+tgt_embedding.dweight                                 target-vocabulary  -
+"""
+
+
+def test_axes_mean_what_they_are_called(tmp_path):
+    written(tmp_path / "page.html")
+    axes = {about["name"]: about["axes"] for about in data_of(tmp_path / "page.html")["entries"]}
+    for line in MEANT.strip().splitlines():
+        name, *expected = line.split()
+        expected = [None if kind == "-" else kind.replace("-", " ") for kind in expected]
+        assert axes[name] == expected, name
+
+
+def texts_of(path):
+    return re.findall(r"<text [^>]*>([^<]*)</text>", path.read_text())
+
+
+def test_a_step_is_called_what_it_has_read_and_what_it_says_on_every_picture(tmp_path):
+    """`read → said`: on the page, in `pronounce --plot` and in `attention`."""
+    matplotlib = pytest.importorskip("matplotlib")
+    steps = ["start → t6", "t6 → t7", "t7 → t8", "t8 → end"]
+    read, said = (list(tokens) for tokens in zip(*(s.split(" → ") for s in steps), strict=True))
+    seen, _ = written(tmp_path / "page.html", target=read)
+    assert data_of(tmp_path / "page.html")["said"] == said
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters, not their outlines
+        plot.draw_alignment((["a", "b"], said, np.ones((4, 2))), tmp_path / "plot.svg")
+        plot.draw_attention(seen, ["a", "b", "c"], read, said, tmp_path / "heads.svg")
+    assert [text for text in texts_of(tmp_path / "plot.svg") if " → " in text] == steps + [
+        "steps, read → said: who attends"
+    ]
+    decoder = [text for text in texts_of(tmp_path / "heads.svg") if " → " in text]
+    assert decoder == steps * 8  # two layers, two attentions, two heads
+
+
+def test_a_trace_of_another_program_has_no_labels(tmp_path):
+    entries = [Entry("scores", "forward", np.ones((4, 3)), "", "", "", 0)]
+    options = {"source": ["a"] * 3, "target": ["b"] * 4}
+    write_page(Trace(entries), tmp_path / "page.html", src=SRC, tgt=TGT, **options)
+    assert data_of(tmp_path / "page.html")["entries"][0]["axes"] == [None, None]
+
+
+def test_every_tensor_of_the_page_shows_its_line_and_its_equation(tmp_path):
+    seen, _ = written(tmp_path / "page.html")
+    for entry, about in zip(seen, data_of(tmp_path / "page.html")["entries"], strict=True):
+        assert about["formula"] == entry.formula
+        assert re.search(" (=|←) ", about["equation"]), entry.name
+
+
+# --- In a browser ------------------------------------------------------------------------------
 
 
 def test_it_asks_the_network_nothing(tmp_path):
@@ -104,6 +236,9 @@ def test_it_opens_without_an_error_and_shows_what_was_asked_for(tmp_path):
     assert f">{name}</h2>" in done.stdout
     assert "(1, 2, 4, 3)" in done.stdout
     assert done.stdout.count("<td") == 4 * 3
+    headings = re.findall("<th(?: [^>]*)?>(.*?)</th>", done.stdout)
+    read_said = ["t1", "→ t6", "t6", "→ t7", "t7", "→ t8", "t8", "→ end"]
+    assert headings == ["", "", "s3", "s4", "s5", *read_said]
     assert f"{name.replace('weights', 'dweights')}" in done.stdout
     assert seen[name].formula in done.stdout
     assert "a &lt;b&gt;" in done.stdout
@@ -165,9 +300,28 @@ const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50
   document.getElementById("layer").value = 1;
   document.getElementById("layer").dispatchEvent(new Event("input"));
   await later(() => { said.layer = document.getElementById("name").textContent; });
-  document.getElementById("find").value = "norm1";
-  document.getElementById("find").dispatchEvent(new Event("input"));
-  said.found = [...document.querySelectorAll("nav button")].filter((b) => !b.hidden).length;
+  const displayed = (selector) => [...document.querySelectorAll(selector)].filter(
+    (x) => x.checkVisibility() && x.offsetParent && getComputedStyle(x).display !== "none");
+  const find = (text) => {
+    document.getElementById("find").value = text;
+    document.getElementById("find").dispatchEvent(new Event("input"));
+    return displayed("nav button").map((b) => data.entries[b.dataset.i].name);
+  };
+  said.found = find("Scores");
+  said.places = displayed("nav details").length;
+  said.nothing = [find("banana").length, displayed("nav details").length];
+  said.nothing.push(displayed("#none").length);
+  said.all = find("").length;
+  said.none = displayed("#none").length;
+  const boxes = () => ["#layerBox", "#headBox", "#stepBox", "#masks"].map(
+    (box) => displayed(box).length);
+  said.boxes = boxes();
+  location.hash = "loss.losses";
+  await later(() => { said.flat = boxes(); });
+  location.hash = "logits";
+  const heads = () => [...document.querySelectorAll("thead th")].map((x) => x.textContent);
+  await later(() => { said.heads = heads(); });
+  said.step = document.getElementById("stepOut").textContent;
   document.body.dataset.said = JSON.stringify(said);
 })();
 </script></body>"""
@@ -176,7 +330,8 @@ const later = (f) => new Promise((done) => setTimeout(() => { f(); done(); }, 50
 @pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the page")
 def test_clicks_keys_and_sliders_work(tmp_path):
     page, name = tmp_path / "page.html", "decoder.layers.0.cross_attn.weights"
-    seen, _ = written(page)
+    words = [f"w{i}" for i in range(9)]
+    seen, _ = written(page, vocabularies=(words, words))
     text = page.read_text().replace("</body>", CLICKS.replace("NAME", name))
     allowed = re.search('content="(default-src[^"]*)"', page.read_text())[1]
     page.write_text(text.replace(allowed, policy(text)))  # one script more
@@ -196,7 +351,15 @@ def test_clicks_keys_and_sliders_work(tmp_path):
     assert said["next"] == names[names.index(said["gradient"]) + 1]
     assert said["why"].endswith("may not attend: the key comes after the query")
     assert said["layer"] == "decoder.layers.1.self_attn.weights"
-    assert said["found"] == sum("norm1" in n for n in names)
+    assert said["hover"].endswith("step t7 → t8")
+    found = [n for n in names if "scores" in n]
+    assert sorted(said["found"]) == sorted(found)  # displayed, and nothing else is
+    assert said["places"] == len({(n.rpartition(".")[0], seen[n].phase) for n in found})
+    assert said["nothing"] == [0, 0, 1]
+    assert (0 < said["all"] < len(names), said["none"]) == (True, 0)  # of the open place alone
+    assert (said["boxes"], said["flat"]) == ([1, 1, 1, 1], [0, 0, 0, 0])
+    assert said["heads"] == ["", "", *words]
+    assert said["step"] == "t1 → t6"
 
 
 def test_the_command(tmp_path, capsys):

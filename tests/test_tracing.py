@@ -1,14 +1,19 @@
 """The trace: the numbers that were there, under names that say where; and the first difference."""
 
+import ast
 import cProfile
+import functools
 import json
 import pstats
+import re
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import zoo
 from zoo import ZOO, planted
 
 import npformer
@@ -22,6 +27,13 @@ CONFIG = npformer.TransformerConfig(
     9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=2, n_decoder_layers=2, max_len=8
 )
 SRC, TGT, TARGETS = np.array([[3, 4, 5]]), np.array([[1, 6, 7, 8]]), np.array([[6, 7, 8, 2]])
+
+
+MODELS = {
+    CONFIG: "post-norm",
+    replace(CONFIG, norm_first=True, activation="gelu", positions="learned"): "pre-norm",
+    replace(CONFIG, n_encoder_layers=0, activation="gelu_tanh", tie_head=True): "decoder-only",
+}
 
 
 def traced(model=None):
@@ -91,6 +103,173 @@ def test_the_formula_is_the_line_and_the_letters_its_comment():
     assert "scores" in lines[entry.line - 1]
     assert entry.formula in lines[entry.line - 1]
     assert entry.letters == "(..., T, S)"
+    assert entry.formula == "scores = _times(q @ k.mT, scale)"
+
+
+def test_every_formula_makes_the_tensor_and_has_run():
+    """What changes it in place comes after, and what was skipped is not there."""
+    seen = traced()
+    for entry in seen:
+        local = entry.name.split(".")[-1].split("#")[0]
+        made, _, _ = entry.formula.partition(" = ")
+        assert local in made.split(", "), (entry.name, entry.formula)
+        for line in entry.refined.splitlines():
+            assert re.match(rf"{local}(\[.*?\])? [-+*/]?= ", line), (entry.name, line)
+    assert seen["loss.dlogits"].formula == "dlogits = p * scale"
+    assert seen["loss.dlogits"].refined.splitlines() == [
+        "dlogits[rows, labels] -= scale * (1 - label_smoothing)",
+        "dlogits[~counted] = 0",
+    ]  # and not the line of the smoothing, of which there is none
+    losses = seen["loss.losses"]
+    assert losses.formula.startswith("losses = (1 - label_smoothing) * (log_total")
+    assert losses.refined == ""
+    assert seen["encoder.layers.0.norm1.layer_norm.y"].refined == "y += bias"
+
+
+@pytest.mark.parametrize("config", MODELS, ids=MODELS.get)
+def test_every_tensor_has_its_equation(config):
+    model = make_model(config, 0)
+    source = None if config.n_encoder_layers == 0 else SRC
+    seen = npformer.trace(model, source, TGT, target=TARGETS, rng=np.random.default_rng(0))
+    for entry in seen:
+        assert re.search(r" (=|←) ", entry.equation), entry.name
+    for name, said in {
+        "self_attn.scores": "weights = softmax(q kᵀ / √D)",
+        "self_attn.weights": "y = exp(x) / Σ exp(x)",
+        "self_attn.dscores": "dx = y (dy - Σ dy y)",
+        "self_attn.dq": "dq = dscores k / √D",
+        "self_attn.dk": "dk = dscoresᵀ q / √D",
+        "self_attn.dv": "dv = weightsᵀ dy",
+        "self_attn.q": "y = x Wᵀ + b",
+        "q_proj.dx": "dx = dy W, dW = dyᵀ x, db = Σ dy",
+        "norm1.rstd": "xhat = (x - mean) / √(var + eps)",
+        "norm1.dmean": "dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))",
+        "loss.losses": "loss = mean of -Σᵥ t_v log p_v",
+        "loss.dlogits": "dlogits = (p - t) / n",
+        "tgt_embedding.dweight": "dweight[v] = Σ of the rows of dy where the id is v",
+    }.items():
+        module, local = name.split(".")
+        shown = [e for e in seen if re.search(rf"\b{module}(\.\w+)?\.{local}(#|$)", e.name)]
+        assert any(said in entry.equation for entry in shown), name
+
+
+def test_every_tensor_of_the_twin_has_its_equation():
+    for entry in torch_traced():
+        assert re.search(r" (=|←) ", entry.equation), (entry.name, entry.formula)
+
+
+# --- The order ---------------------------------------------------------------------------------
+
+
+def test_entries_come_in_the_order_in_which_the_lines_ran():
+    names = [entry.name for entry in traced()]
+    norm = [name for name in names if name.startswith("encoder.layers.0.norm1.")]
+    locals_ = [name.removeprefix("encoder.layers.0.norm1.") for name in norm]
+    assert locals_[:8] == [
+        *("x_rows", "mean", "centred", "variance", "rstd", "xhat", "layer_norm.y", "y")
+    ]
+    backward = ("dy_rows", "dy_xhat", "dmean", "dvariance", "layer_norm.dx", "dx")
+    assert locals_[8:14] == [*backward]
+    loss = [name.removeprefix("loss.") for name in names if name.startswith("loss.")]
+    made = ("ids", "counted", "labels", "rows", "logits_rows", "shifted", "e", "total", "p")
+    assert loss == [*made, "log_total", "losses", "loss", "dlogits"]
+
+
+def spoiled(value, which=None):
+    """A value with a bug in it; of several, which."""
+    if which is not None:
+        return tuple(spoiled(v) if i == which else v for i, v in enumerate(value))
+    if getattr(value, "dtype", None) in (bool, torch.bool):
+        return ~value
+    if isinstance(value, torch.Tensor | float | int):
+        return value * 1.01 + 0.01
+    return value[::-1].copy() if value.dtype.kind in "iu" else value * 1.01 + 0.01
+
+
+@contextmanager
+def spoiled_line(file, line, local):
+    """What that line gives to that local is wrong."""
+    path = tracing.PACKAGE.parent / file
+    module = sys.modules[file.removesuffix(".py").replace("/", ".")]
+    tree, _ = tracing._parsed(str(path))  # parsed once
+    around = next(node for node in tree.body if node.lineno <= line <= node.end_lineno)
+    statement = next(
+        node
+        for node in ast.walk(around)
+        if isinstance(node, ast.Assign | ast.AugAssign) and node.lineno == line
+    )
+    which = None
+    if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Tuple):
+        which = [name.id for name in statement.targets[0].elts].index(local)
+    wrong, value = vars(module).copy(), statement.value
+    call = ast.Call(ast.Name("_spoiled", ast.Load()), [value, ast.Constant(which)], [])
+    statement.value = ast.fix_missing_locations(ast.copy_location(call, value))
+    exec(compile(ast.Module([around], []), path, "exec"), wrong)
+    statement.value = value
+    functions = zoo._functions(ast.Module([around], []))
+    name = next(name for name, n in functions.items() if n.lineno <= line <= n.end_lineno)
+    live = zoo._find(vars(module), name)
+    code, live.__code__ = live.__code__, zoo._find(wrong, name).__code__
+    vars(module)["_spoiled"] = spoiled
+    try:
+        yield
+    finally:
+        live.__code__ = code
+        del vars(module)["_spoiled"]
+
+
+def misnamed(run, tried):
+    """Of the bugs in any line of a step, those after which another tensor is named."""
+    right = run()
+    for i, entry in enumerate(right):
+        if entry.formula.startswith("the gradient of"):
+            continue  # autograd's, of no line
+        local = entry.name.split(".")[-1].split("#")[0]
+        lines = (tracing.PACKAGE.parent / entry.file).read_text().splitlines()
+        place = entry.line
+        for text in [entry.formula, *entry.refined.splitlines()]:
+            while text != entry.formula and text not in lines[place - 1]:
+                place += 1
+            if (entry.file, place, local) not in tried:
+                tried.add((entry.file, place, local))
+                with spoiled_line(entry.file, place, local):
+                    found = difference(run(), Trace(right.entries[: i + 1]))
+                if found is None or found.name != entry.name or not found.created:
+                    yield text, entry.name, found
+
+
+SMALL = replace(CONFIG, n_encoder_layers=1, n_decoder_layers=1)
+SPOILED = [
+    replace(SMALL, final_norm=True),
+    replace(SMALL, norm_first=True, activation="gelu", positions="learned", tie_head=True),
+    replace(SMALL, n_encoder_layers=0, activation="gelu_tanh", attention_dropout=0.5),
+]
+
+
+def test_whichever_line_is_wrong_its_tensor_is_the_first_to_differ():
+    """Every intermediate of every op and module, forward and backward."""
+    tried = set()
+    targets = np.array([[6, 7, 8, CONFIG.tgt_pad_id]])
+    for config in SPOILED:
+        model = make_model(config, 0)
+        source = None if config.n_encoder_layers == 0 else SRC
+
+        def run(model=model, source=source):
+            rng = np.random.default_rng(0) if model.config.attention_dropout else None
+            return npformer.trace(model, source, TGT, target=targets, rng=rng)
+
+        assert list(misnamed(run, tried)) == []
+    assert len(tried) > 200
+
+
+def test_whichever_line_of_the_twin_is_wrong_its_tensor_is_the_first_to_differ():
+    tried = set()
+    src, tgt, target = map(torch.from_numpy, (SRC, TGT, TARGETS))
+    for norm_first in (False, True):
+        model = to_torch(make_model(replace(SMALL, norm_first=norm_first), 0))
+        run = functools.partial(torch_trace, model, src, tgt, target=target)
+        assert list(misnamed(run, tried)) == []
+    assert len(tried) > 40
 
 
 def test_the_formula_is_of_the_value_as_it_was_not_of_what_became_of_it():
@@ -157,10 +336,21 @@ def test_cprofile_goes_on_after_the_trace():
     assert {"trace", "later"} <= {name for _, _, name in pstats.Stats(profile).stats}
 
 
-def test_a_profiler_that_cannot_be_paused_is_named(monkeypatch):
-    monkeypatch.setattr(sys, "getprofile", lambda: {"of": "somebody"})
-    with pytest.raises(ValueError, match=r"\{'of': 'somebody'\} is profiling and cannot be paused"):
-        traced()
+def test_a_debugger_is_told_every_line_of_the_step():
+    told, before = [], sys.gettrace()
+
+    def debugger(frame, event, _):
+        told.append((event, frame.f_code.co_name))
+        return debugger
+
+    try:
+        sys.settrace(debugger)
+        names = [entry.name for entry in traced()]
+    finally:
+        sys.settrace(before)
+    assert names == [entry.name for entry in traced()]
+    assert told.count(("call", "layer_norm")) == told.count(("return", "layer_norm")) > 9
+    assert told.count(("line", "layer_norm")) > 9 * told.count(("call", "layer_norm"))
 
 
 def test_forward_alone_and_a_decoder_only_model():
@@ -292,7 +482,7 @@ ZOO_BY_NAME = {bug.name: bug for bug in ZOO}
     ("name", "first"),
     [
         ("no-root-of-d", "self_attn.scores"),
-        ("softmax-over-queries", "self_attn.softmax"),
+        ("softmax-over-queries", "self_attn.total"),
         ("heads-merged-without-transpose", "self_attn"),
         ("gamma-outside-the-means", "norm"),
         ("mean-path-forgotten", "norm"),
@@ -336,7 +526,7 @@ def test_the_commands(run_folder, tmp_path, capsys):
     assert cli.main(["trace", str(run_folder), "312", "--out", out, "--match", "scores"]) == 0
     said = capsys.readouterr().out
     assert "encoder.layers.0.self_attn.scores" in said
-    assert "scores = q @ k.mT" in said or "scores *= scale" in said
+    assert "scores = _times(q @ k.mT, scale)" in said
     assert "Saved: " in said
     assert cli.main(["diff", out, out]) == 0
     assert "no difference" in capsys.readouterr().out

@@ -13,10 +13,12 @@ from torchformer.ops import Mask
 
 
 def split_heads(x: Tensor, d_head: int) -> Tensor:  # (B, T, C) -> (B, H, T, D)
+    """xh[b, h, t] = x[b, t, h D : (h + 1) D]: each head gets its slice of C."""
     return x.unflatten(-1, (-1, d_head)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:  # (B, H, T, D) -> (B, T, C)
+    """x[b, t] = concat(xh[b, 0, t], ..., xh[b, H - 1, t])."""
     return x.transpose(1, 2).flatten(-2)
 
 
@@ -45,6 +47,10 @@ class MultiHeadAttention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, rng=None
     ) -> Tensor:
+        """y = concat(head_1, ..., head_H) W_Oᵀ + b_O,   head_h = attention(q_h, k_h, v_h).
+
+        With q = query W_Qᵀ + b_Q, and k, v in the same way, cut into H slices q_h, k_h, v_h.
+        """
         _check_rank(query=query, key=key, value=value)
         self._check_mask(mask, query, key.shape[1])
         q = self.q_proj(query)  # (B, T, C)

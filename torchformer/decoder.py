@@ -59,6 +59,9 @@ class DecoderLayer(nn.Module):
         return forward(x, memory, mask, memory_mask, rng)
 
     def post_norm(self, x: Tensor, memory: Tensor, mask: Mask, memory_mask: Mask, rng) -> Tensor:
+        """g = norm1(x + self_attn(x)),   h = norm2(g + cross_attn(g, memory)),
+        y = norm3(h + feed_forward(h))   [§ 5.4].
+        """
         a = self.self_attn(x, x, x, mask, rng)  # (B, T, C)
         kept_a = dropout(a, self.dropout, self.training, rng)
         g = self.norm1(x + kept_a)
@@ -72,6 +75,9 @@ class DecoderLayer(nn.Module):
         return self.norm3(h + kept_f)
 
     def pre_norm(self, x: Tensor, memory: Tensor, mask: Mask, memory_mask: Mask, rng) -> Tensor:
+        """g = x + self_attn(norm1(x)),   h = g + cross_attn(norm2(g), memory),
+        y = h + feed_forward(norm3(h)).
+        """
         n1 = self.norm1(x)
         a = self.self_attn(n1, n1, n1, mask, rng)  # (B, T, C)
         kept_a = dropout(a, self.dropout, self.training, rng)
@@ -133,6 +139,7 @@ class Decoder(nn.Module):
         memory_mask: Mask = None,
         rng=None,
     ) -> Tensor:
+        """x ← layer(x, memory) for each layer;   y = norm(x), or x where there is no final norm."""
         for layer in self.layers:
             x = layer(x, memory, mask, memory_mask, rng)
         return self.norm(x) if self.norm else x

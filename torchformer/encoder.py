@@ -48,6 +48,7 @@ class EncoderLayer(nn.Module):
         return (self.pre_norm if self.norm_first else self.post_norm)(x, mask, rng)
 
     def post_norm(self, x: Tensor, mask: Mask, rng) -> Tensor:
+        """h = norm1(x + self_attn(x)),   y = norm2(h + feed_forward(h))   [§ 5.4]."""
         a = self.self_attn(x, x, x, mask, rng)  # (B, S, C)
         kept_a = dropout(a, self.dropout, self.training, rng)
         h = self.norm1(x + kept_a)
@@ -57,6 +58,7 @@ class EncoderLayer(nn.Module):
         return self.norm2(h + kept_f)
 
     def pre_norm(self, x: Tensor, mask: Mask, rng) -> Tensor:
+        """h = x + self_attn(norm1(x)),   y = h + feed_forward(norm2(h))."""
         n1 = self.norm1(x)
         a = self.self_attn(n1, n1, n1, mask, rng)  # (B, S, C)
         kept_a = dropout(a, self.dropout, self.training, rng)
@@ -95,6 +97,7 @@ class Encoder(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor, mask: Mask = None, rng=None) -> Tensor:
+        """x ← layer(x) for each layer;   y = norm(x), or x where there is no final norm."""
         for layer in self.layers:
             x = layer(x, mask, rng)
         return self.norm(x) if self.norm else x

@@ -14,7 +14,10 @@ FULL: Any = "full"  # of sources without a pad: everybody may attend to everythi
 
 
 def padding_mask(ids: Tensor, pad_id: int) -> Tensor:
-    """True at real tokens.   ids (B, S)   ->   (B, 1, 1, S)"""
+    """mask[b, 0, 0, s] = (ids[b, s] != pad_id): True at real tokens.
+
+    ids (B, S)   ->   (B, 1, 1, S)
+    """
     if ids.ndim != 2:
         raise ValueError(f"padding_mask: ids must be (B, S), got shape {tuple(ids.shape)}")
     return (ids != pad_id)[:, None, None, :]

@@ -31,14 +31,18 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
     """
     scale = q.shape[-1] ** -0.5
     scores = q @ k.mT * scale  # (..., T, S)
+    safe_softmax = torch.ops.aten._safe_softmax  # SDPA's own: a row of -inf becomes 0
+    return safe_softmax(_masked(scores, mask), -1)
+
+
+def _masked(scores: Tensor, mask: Mask) -> Tensor:
+    """-inf where a key may not be attended to; NaN - inf is NaN, so a NaN there stays."""
     if mask is None:
-        return scores.softmax(dim=-1)
+        return scores
     if mask is CAUSAL:
-        mask = causal_mask(q.shape[-2], k.shape[-2], device=q.device)
-    check_mask("attention", mask, (*q.shape[:-1], k.shape[-2]))
-    has_key = mask.any(dim=-1, keepdim=True)  # (..., T, 1)
-    weights = scores.masked_fill(~mask & has_key, -torch.inf).softmax(dim=-1)
-    return weights * has_key
+        mask = causal_mask(*scores.shape[-2:], device=scores.device)
+    check_mask("attention", mask, scores.shape)
+    return torch.where(mask, scores, scores - torch.inf)
 
 
 def attention(
@@ -47,6 +51,9 @@ def attention(
     """y = softmax(q kᵀ / √D) v   [Vaswani et al. 2017, eq. 1], by PyTorch's fused kernels.
 
     q (..., T, D)   k (..., S, D)   v (..., S, E)   mask -> (..., T, S)   ->   y (..., T, E)
+
+    A masked key has weight 0, but 0 · NaN is NaN: a NaN in its key or value reaches every query.
+    (Under CAUSAL a kernel need not read what comes after a query, nor then see a NaN there.)
 
     A query with nothing to attend to gets 0, as all these kernels have it since PyTorch 2.5.  `p`
     is the dropout of the weights, 0 outside training.  A replaying `rng` (see `dropout`) has to

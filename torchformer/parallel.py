@@ -14,7 +14,7 @@ the number of target tokens of all ranks together.
 import argparse
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +37,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.arguments import SEEDS, STEPS, whole_number
+from npformer.config import TransformerConfig
+from npformer.options import limit
 from npformer.tasks import Batch
 from torchformer.captured import options_of
 from torchformer.shards import load, save
@@ -157,8 +159,9 @@ def mean_loss(loss: Tensor, engine: str) -> float:
     return loss.item()
 
 
-def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """torch's clip_grad_norm_ for parameters of which some are spread and others are not."""
+    max_norm = limit("max_norm", max_norm)
     gradients = [p.grad for p in parameters if p.grad is not None]
     norms = torch.stack([whole(torch.linalg.vector_norm(g)) for g in gradients])
     norm = torch.linalg.vector_norm(norms)
@@ -222,7 +225,12 @@ def _parser() -> argparse.ArgumentParser:
     add("task", choices=tasks.NAMES, metavar="TASK", help=", ".join(tasks.NAMES))
     add("--parallel", choices=ENGINES, default="ddp", help="what is spread (ddp)")
     add("--preset", default="default", help="model and recipe (default)")
-    add("--config", metavar="FILE.toml", help="tables [model], [recipe] to change")
+    add(
+        "--config",
+        type=arguments.path,
+        metavar="FILE.toml",
+        help="tables [model], [recipe] to change",
+    )
     add("--steps", type=whole_number(1, STEPS), help="instead of the recipe's")
     add("--seed", type=whole_number(0, SEEDS - 2**20), default=0)
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -277,7 +285,9 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     )
     first = 1
     if options.resume:
-        first = 1 + load(folder / runs.SHARDS, spread_model, optimizer)
+        _check_it_is_that_run(folder, about)
+        if (folder / runs.SHARDS).exists():  # else it was killed before its first save
+            first = 1 + load(folder / runs.SHARDS, spread_model, optimizer)
     elif is_first:
         runs.clear(folder, "run")
         checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
@@ -312,3 +322,21 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     if is_first:
         checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
         print(f"Next: npformer predict {folder} ...    npformer check {folder}", flush=True)
+
+
+def _check_it_is_that_run(folder: Path, about: dict[str, Any]) -> None:
+    """Raises ValueError unless the run to resume is of this task, seed, model and recipe.
+
+    Engine and ranks may be others, and so may the number of steps.
+    """
+    before = runs.load_run(folder)
+    for name in ("task", "backend", "seed"):
+        if before[name] != about[name]:
+            raise ValueError(f"the run in {folder} has the {name} {before[name]}")
+    with checkpoint.blame(folder / runs.RUN):
+        config = TransformerConfig.from_json(before["config"])
+        recipe = asdict(training.Recipe(**before["recipe"]))
+    ours = asdict(TransformerConfig.from_json(about["config"])) | about["recipe"]
+    for name, value in (asdict(config) | recipe).items():
+        if name != "steps" and ours[name] != value:
+            raise ValueError(f"the run in {folder} has {name} {value}, not {ours[name]}")

@@ -75,5 +75,6 @@ class _Watcher(tracing.Watcher):
                 name = f"{path}{dot}d{local}"
                 self.entries.append(
                     Entry(name, "backward", as_numpy(gradient).copy(), entry.letters,
-                          f"the gradient of: {entry.formula}", entry.file, entry.line)
+                          f"the gradient of: {entry.formula}", entry.file, entry.line,
+                          equation=f"autograd:  d{local} = ∂loss / ∂{local}")
                 )  # fmt: skip

@@ -142,6 +142,7 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
+        """logits = decode(tgt, memory) with memory = encode(src); without a source decode(tgt)."""
         self._check_source(src)
         self._check_ids("tgt", "(B, T)", tgt)
         if src is not None and len(src) != len(tgt):
@@ -153,7 +154,7 @@ class Transformer(nn.Module):
         return self.decode(tgt, memory, memory_mask, tgt_mask, rng)  # (B, T, V)
 
     def encode(self, src: Tensor, src_mask: Mask = None, rng=None) -> Tensor:
-        """src (B, S)   ->   memory (B, S, C)"""
+        """memory = encoder(embed(src)).   src (B, S)   ->   memory (B, S, C)"""
         self._check_source(src)
         if src_mask is FULL:
             mask = None  # every kernel is faster without one
@@ -172,8 +173,9 @@ class Transformer(nn.Module):
         tgt_mask: Mask = None,
         rng=None,
     ) -> Tensor:
-        """tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
+        """logits = head(y) with y = decoder(embed(tgt), memory).
 
+        tgt (B, T)   memory (B, S, C) or None   ->   logits (B, T, V)
         memory_mask -> (B, H, T, S); None: all of the memory may be attended to
         """
         self._check_ids("tgt", "(B, T)", tgt)
@@ -241,8 +243,9 @@ class Transformer(nn.Module):
         offset: int = 0,
         p: float | None = None,
     ) -> Tensor:
-        """ids (B, T)   ->   x (B, T, C): the token's row times √C, plus the position's   [§ 3.4]
+        """x = √C E[ids] + P: the token's row times √C, plus the position's   [§ 3.4].
 
+        ids (B, T)   ->   x (B, T, C)
         p   of dropout; None: that of the config, in training
         """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0

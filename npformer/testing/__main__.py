@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from npformer import streams
-from npformer.arguments import Parser, positive_number, whole_number
+from npformer.arguments import Parser, path, positive_number, whole_number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,8 +88,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="pkg.module:factory",
         help="a function without arguments that returns the adapter, target(op, arrays, options)",
     )
-    mode.add_argument("--dump", metavar="DIR", help="write the cases there, for any program")
-    mode.add_argument("--check", metavar="DIR", help="score the answers that a program wrote there")
+    mode.add_argument(
+        "--dump", type=path, metavar="DIR", help="write the cases there, for any program"
+    )
+    mode.add_argument(
+        "--check", type=path, metavar="DIR", help="score the answers that a program wrote there"
+    )
     mode.add_argument(
         "--bounds",
         type=whole_number(1, 10**6),
@@ -127,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds for a case, which is asked twice (60)",
     )
-    add("--json", metavar="FILE", help="write every verdict there as well")
+    add("--json", type=path, metavar="FILE", help="write every verdict there as well")
     add("--overwrite", action="store_true", help="--dump: replace the cases that are there")
     return parser
 

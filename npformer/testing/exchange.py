@@ -11,6 +11,7 @@ docs/testing-kit.md describes both files for whoever has no safetensors library.
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +75,7 @@ def _described(x: Array) -> dict[str, Any]:
 def load(folder: Path) -> list[Case]:
     """The cases of a dump.  Raises ValueError, with the path and what is wrong there."""
     path = folder / "manifest.json"
-    if folder.is_dir() and not path.exists():
+    if folder.is_dir() and not os.path.lexists(path):
         raise ValueError(f"{path}: no such file; --dump writes it")
     manifest = checkpoint.load_json(path)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("cases"), list):
