@@ -178,7 +178,7 @@ class Run:
 
     def section(self, name: str, processes: Processes) -> None:
         section, content = SECTIONS[name], self.content
-        pace = 1 if self.is_cuda else 20  # toys are measured only to see that it works
+        pace = 1 if self.is_cuda else 100  # toys are measured only to see that it works
         if self.left < section.seconds / 2 / pace:  # the half of a section tells something
             left, needed = max(self.left, 0), section.seconds
             content["results"][name] = f"skipped: {left:.0f} s were left, it takes {needed:.0f}"

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOADED = ["torch._dynamo", "benchmarks.gpu.sections"]
+# What torch.compile else imports in each of them, half a second long, is among them
+PRELOADED = ["torch._dynamo", "functorch.compile", "networkx", "benchmarks.gpu.sections"]
 Give = Callable[[str, Any], None]  # a section's name, and its rows so far
 
 
