@@ -96,6 +96,21 @@ def test_the_released_model_comes_back_in_float16(rehearsal):
     torchformer.Transformer.load(release)
 
 
+@pytest.mark.slow
+def test_a_script_that_is_stopped_keeps_the_model_that_it_was_training(tmp_path):
+    script = str(ROOT / "benchmarks" / "gpu" / "once.sh")
+    process = subprocess.Popen(
+        [script, str(tmp_path / "out"), "second"],
+        env={**os.environ, "ONCE_DEVICE": "cpu", "TMPDIR": str(tmp_path)},
+        stdout=subprocess.DEVNULL,
+    )
+    until(lambda: list(tmp_path.glob("*/release/model.safetensors")))
+    process.terminate()
+    assert process.wait(30) == 143
+    torchformer.Transformer.load(tmp_path / "out" / "release")
+    assert not list(tmp_path.glob("*/release"))[1:]  # what it was working on is tidied up
+
+
 def test_every_section_is_measured(rehearsal):
     folder = rehearsal[0]
     first, rest = (results.load(folder / what / "bench.json") for what in ("first", "rest"))

@@ -21,8 +21,8 @@ case $device in cuda | cpu) ;; *) echo "once.sh: ONCE_DEVICE must be cuda or cpu
 out=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd) || exit 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 export PYTHONPATH=. PYTHONUNBUFFERED=1
-log=$out/$what.log summary=$out/summary.txt work=$(mktemp -d) failed=0
-trap 'rm -rf "$work"' EXIT
+log=$out/$what.log summary=$out/summary.txt work=$(mktemp -d) failed=0 kept=no
+trap 'keep_release; rm -rf "$work"' EXIT
 trap 'kill $(jobs -p) 2>/dev/null; exit 143' TERM INT # timeout hands it on
 
 say() { echo "$what, $SECONDS s: $*" | tee -a "$summary"; }
@@ -60,6 +60,12 @@ release() { # the model that the package ships, stopped cleanly at its limit, an
   fi
   part "release model" 200 python -m npformer train "${choice[@]}" \
     --backend torch --device "$device" --precision bfloat16 --out "$work/release"
+  keep_release
+}
+
+keep_release() { # also where this was stopped while it was training
+  [[ -e $work/release/model.safetensors && $kept == no ]] || return 0
+  kept=yes
   part "release model in float16" 20 python -m benchmarks.gpu.once keep "$work/release" "$out/release"
 }
 
