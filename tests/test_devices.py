@@ -26,6 +26,7 @@ from npformer.testing.models import Batch, batches, configs, make_model, numpy_s
 from npformer.testing.strategies import seeds
 from torchformer import ops
 from torchformer.convert import to_torch
+from torchformer.masks import CAUSAL
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +211,19 @@ def test_the_rule_sees_a_fault_of_attention(seed, attention, half):
     wrong = partial(attention_is, attention)
     with pytest.raises(AssertionError, match="entries are out of bound"):
         assert_within_the_rule("wrong", model, batch, torch.device("cpu"), half, wrong)
+
+
+@pytest.mark.parametrize("mask", [None, CAUSAL])
+def test_attention_written_out_has_gradients_under_autocast(mask, device):
+    """On CUDA autocast takes softmax in float32; its backward has to be asked for the same."""
+    q, k, v = (torch.randn(2, 3, 4, 8, device=device, requires_grad=True) for _ in range(3))
+    with torch.autocast(device.type, torch.bfloat16):
+        y = written_out(q, k, v, mask)
+        expected = ops.attention(q, k, v, mask)
+    found = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+    theirs = torch.autograd.grad(expected.float().square().sum(), (q, k, v))
+    for ours, other in zip(found, theirs, strict=True):
+        assert float((ours - other).abs().max()) <= 2**-4 * float(other.abs().max())
 
 
 @HALF

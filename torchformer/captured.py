@@ -6,7 +6,11 @@ and writes where it did when it was recorded, so
 
     batches are padded to a few shapes, the buckets, each of which has its graph and its inputs
     the rate is a tensor on the device, and so is the optimizer's count of steps
-    all graphs share one pool of memory, as no two run at a time
+    all graphs share one pool of memory, as no two run at a time; the first step of a bucket, which
+    is none, takes as much again beside it, and gives it back
+
+The data set stays with the host: it draws a batch in less time than a step takes, while the device
+is busy with the one before, and copies a few kilobytes.
 
 Padding changes no loss and no gradient: targets that are pads do not count, sources that are pads
 are not attended to.  Dropout goes on as it does without a graph, replay by replay.

@@ -1,8 +1,9 @@
 """The configurations of the GPU benchmark, and what their shapes say before anything is measured.
 
-A step is a list of operations.  Each has to multiply so much and to move so many bytes, whoever
-writes it, and takes at least as long as the slower of the two takes the card at its own measured
-best.  The sum is a floor: the roofline of the step.
+A step is a list of operations: products, attention, and between two of them one pass over what they
+have written.  Each has to multiply so much and to move so many bytes, and takes at least as long as
+the slower of the two takes the card at its own measured best.  The sum is a floor: the roofline of
+the step.  (A kernel that does such a pass inside a product, as a bias's sum, may go below it.)
 """
 
 from dataclasses import dataclass
