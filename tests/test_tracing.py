@@ -143,7 +143,7 @@ def test_every_tensor_has_its_equation(config):
         "self_attn.q": "y = x Wᵀ + b",
         "q_proj.dx": "dx = dy W, dW = dyᵀ x, db = Σ dy",
         "norm1.rstd": "xhat = (x - mean) / √(var + eps)",
-        "norm1.dmean": "dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))",
+        "norm1.mean_dxhat": "dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))",
         "loss.losses": "loss = mean of -Σᵥ t_v log p_v",
         "loss.dlogits": "dlogits = (p - t) / n",
         "tgt_embedding.dweight": "dweight[v] = Σ of the rows of dy where the id is v",
@@ -168,7 +168,7 @@ def test_entries_come_in_the_order_in_which_the_lines_ran():
     assert locals_[:8] == [
         *("x_rows", "mean", "centred", "variance", "rstd", "xhat", "layer_norm.y", "y")
     ]
-    backward = ("dy_rows", "dy_xhat", "dmean", "dvariance", "layer_norm.dx", "dx")
+    backward = ("dy_rows", "dy_xhat", "mean_dxhat", "mean_dxhat_xhat", "layer_norm.dx", "dx")
     assert locals_[8:14] == [*backward]
     loss = [name.removeprefix("loss.") for name in names if name.startswith("loss.")]
     made = ("ids", "counted", "labels", "rows", "logits_rows", "shifted", "e", "total", "p")
