@@ -672,7 +672,8 @@ def run_diff(options: argparse.Namespace) -> int:
     print(f"first difference, in {found.phase}: {found.name}  ({how}; {found.at})")
     print(found.report)
     if n := len(found.inherited):
-        print(f"inherited by {n} tensors after it: {', '.join(found.inherited[:3])}, ...")
+        more = ", ..." if n > 3 else ""
+        print(f"inherited by {n} after it: {', '.join(found.inherited[:3])}{more}")
     return 1
 
 
