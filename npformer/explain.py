@@ -140,7 +140,8 @@ def _of_an_additive(x: Array) -> str:
         )
     left = "nothing, in any precision,"
     if math.exp(most) > 0:
-        left = f"exp({most:g}) = {math.exp(most):.2g}, in half precision nothing,"
+        too_small = "half" if math.exp(most) > 2.0**-150 else "single and half"  # of float32
+        left = f"exp({most:g}) = {math.exp(most):.2g}, in {too_small} precision nothing,"
     lines.append(f"  added to a score, {most:g} leaves {left}")
     lines.append("    of the weight that an open key of the same score has")
     if least < most:

@@ -166,7 +166,7 @@ def test_numbers_that_are_added_hide_nothing():
     assert abs(weights[1, 0] / weights[1, 3] - 2.718) < 1e-3
 
 
-FILLS = [-100.0, -104.0, -1e3, -1e4, -65504.0, -1e9, -1e30, float(np.finfo(np.float32).min)]
+FILLS = [-100.0, -104.0, -300.0, -1e3, -1e4, -65504.0, -1e9, -1e30, float(np.finfo(np.float32).min)]
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -177,12 +177,14 @@ def test_a_finite_fill_does_what_is_said_of_it(fill):
 
     left = torch.tensor([0, fill], dtype=torch.float64).softmax(dim=-1)
     ratio = float(left[1] / left[0])
-    said = re.search(r"leaves exp\(.*\) = (\S+), in half precision nothing,", looks)
+    said = re.search(r"leaves exp\(.*\) = (\S+), in (.*) precision nothing,", looks)
     if said:
         assert abs(float(said[1]) / ratio - 1) < 0.02  # two digits of it
+        assert said[2] == ("half" if fill == -100 else "single and half")
     else:
         assert "leaves nothing, in any precision," in looks
         assert ratio == 0
+    assert (torch.tensor([0, fill]).softmax(dim=-1)[1] == 0) == (fill != -100)
     for half in (torch.bfloat16, torch.float16):
         assert torch.tensor([0, fill]).to(half).softmax(dim=-1)[1] == 0
 

@@ -24,6 +24,7 @@ from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
 from torchformer.encoder import EncoderLayer
 from torchformer.fast import FastDecoder, up_to
+from torchformer.ops import unknown_id
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -238,13 +239,17 @@ def cross_entropy(
     Compiled, half-precision logits are read as they are: no float32 copy of them is written.
     """
     rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (B * T, V)
-    total = F.cross_entropy(
-        rows,
-        targets.flatten(),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+    try:
+        total = F.cross_entropy(
+            rows,
+            targets.flatten(),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    except IndexError:
+        counted = targets[targets != ignore_index]
+        raise unknown_id("cross_entropy", counted, rows.shape[-1]) from None
     if n_targets is None:
         n_targets = (targets != ignore_index).sum()
     return total / (n_targets.to(total.dtype) if isinstance(n_targets, Tensor) else n_targets)
