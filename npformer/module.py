@@ -48,16 +48,18 @@ class Parameter:
         """Have these arrays themselves, not copies: for an optimizer, whose views they are."""
         self.__dict__.update(data=data, grad=grad)
 
-    def view(self) -> "Parameter":
+    def view(self) -> "View":
         """The same data, whatever array that will be, and a gradient of its own."""
-        return _View(self)
+        return View(self)
 
     def __repr__(self) -> str:
         return f"Parameter{self.data.shape}, {self.data.dtype}"
 
 
-class _View(Parameter):
+class View(Parameter):
     """Another parameter's data.  An optimizer may pack that one later, so the array is not kept."""
+
+    of: Parameter
 
     def __init__(self, of: Parameter):
         self.__dict__.update(of=of, grad=np.zeros(of.data.shape, of.data.dtype))
