@@ -70,8 +70,8 @@ class MultiHeadAttention(Module):
         With q = query W_Qᵀ + b_Q, and k, v in the same way, cut into H slices q_h, k_h, v_h.
         """
         _check_rank(query=query, key=key, value=value)
-        scores = (len(query), self.n_heads, query.shape[1], key.shape[1])
-        check_heads_mask("MultiHeadAttention", mask, scores)
+        shape = (len(query), self.n_heads, query.shape[1], key.shape[1])  # (B, H, T, S)
+        check_heads_mask("MultiHeadAttention", mask, shape)
         q, backward_q = self.q_proj(query)  # (B, T, C)
         k, backward_k = self.k_proj(key)  # (B, S, C)
         v, backward_v = self.v_proj(value)  # (B, S, C)
@@ -96,8 +96,8 @@ class MultiHeadAttention(Module):
 
     def ask(self, query: Array, offered: KeyValues, mask: Mask = None) -> Array:
         """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
-        scores = (len(query), self.n_heads, query.shape[1], offered.length)
-        check_heads_mask("MultiHeadAttention", mask, scores)
+        shape = (len(query), self.n_heads, query.shape[1], offered.length)  # (B, H, T, S)
+        check_heads_mask("MultiHeadAttention", mask, shape)
         q, _ = self.q_proj(query)
         yh, _ = ops.attention(split_heads(q, self.n_heads), offered.keys, offered.values, mask)
         y, _ = self.out_proj(merge_heads(yh))

@@ -37,12 +37,12 @@ class Parameter:
         self.bind(np.asarray(data), np.zeros(data.shape, data.dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if value is self.__dict__.get(name):  # `p.grad += x` ends in `p.grad = p.grad`
-            return
         if name in ("data", "grad"):
+            if value is self.__dict__[name]:  # `p.grad += x` ends in `p.grad = p.grad`
+                return
             _check_replacement(name, value, self.data)
             value = np.array(value, self.data.dtype)  # a copy, and no np.matrix
-        self.__dict__[name] = value
+        super().__setattr__(name, value)
 
     def bind(self, data: Array, grad: Array) -> None:
         """Have these arrays themselves, not copies: for an optimizer, whose views they are."""

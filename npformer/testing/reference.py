@@ -125,14 +125,10 @@ def _load(module: Module, a: Arrays) -> list[Parameter]:
     class Noting(Parameter):
         """Backward reads `grad`, to add to it."""
 
-        @property
-        def grad(self) -> Array:
-            order.append(self)
-            return self._grad
-
-        @grad.setter
-        def grad(self, value: Array) -> None:
-            self._grad = value
+        def __getattribute__(self, name: str) -> Any:
+            if name == "grad":
+                order.append(self)
+            return super().__getattribute__(name)
 
     for name, parameter in module.named_parameters():
         parameter.data[...] = a[name]
