@@ -48,15 +48,15 @@ class Parameter:
         """Have these arrays themselves, not copies: for an optimizer, whose views they are."""
         self.__dict__.update(data=data, grad=grad)
 
-    def view(self) -> "View":
+    def view(self) -> "Parameter":
         """The same data, whatever array that will be, and a gradient of its own."""
-        return View(self)
+        return _View(self)
 
     def __repr__(self) -> str:
         return f"Parameter{self.data.shape}, {self.data.dtype}"
 
 
-class View(Parameter):
+class _View(Parameter):
     """Another parameter's data.  An optimizer may pack that one later, so the array is not kept."""
 
     of: Parameter

@@ -44,7 +44,8 @@ class BatchThreads:
         ends = [len(src) * i // n_parts for i in range(n_parts + 1)]
         parts = [slice(*pair) for pair in pairwise(ends)]
         own, *others = (model.parameters() for model in self.models)
-        if any(part.of is not p for view in others for p, part in zip(own, view, strict=True)):
+        pairs = (pair for view in others for pair in zip(own, view, strict=True))
+        if any(getattr(part, "of", None) is not p for p, part in pairs):
             raise ValueError(
                 "the model has other Parameters than when these threads were made: make them anew"
             )

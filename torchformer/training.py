@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from npformer.checkpoint import check_arrays
 from npformer.config import TransformerConfig
-from npformer.options import integer
+from npformer.options import integer, probability
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
@@ -238,6 +238,9 @@ def cross_entropy(
     `n_targets` is what to divide by, where a step has more targets than these: None, their number.
     Compiled, half-precision logits are read as they are: no float32 copy of them is written.
     """
+    label_smoothing = probability("cross_entropy: label_smoothing", label_smoothing)
+    if not (n_targets is None or isinstance(n_targets, Tensor)):
+        n_targets = integer("cross_entropy: n_targets", n_targets, least=1)
     rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (B * T, V)
     try:
         total = F.cross_entropy(
