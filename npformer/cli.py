@@ -226,7 +226,8 @@ def parser() -> argparse.ArgumentParser:
         "--plot",
         type=path,
         metavar="FILE.png",
-        help="draw which letters each sound of the word comes from",
+        help="draw which letters each sound of the word comes from, as the model says it, whether "
+        "the dictionary has the word or not",
     )
     add(
         "--json",
@@ -586,7 +587,7 @@ def run_pronounce(options: argparse.Namespace) -> int:
     wanted = {name: getattr(options, name) for name in ("nbest", "beam", "model", "stress")}
     voice = pronunciation.Pronouncer.load(options.weights or pronunciation.SHIPPED)
     if options.plot:
-        return _plot_alignment(voice, options.words, options.plot)
+        return _plot_alignment(voice, options)
     if options.words:
         chunks: Any = [options.words]
     else:
@@ -626,13 +627,17 @@ def _as_json(answer: Any) -> dict[str, Any]:
     return about
 
 
-def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
+def _plot_alignment(voice: Any, options: argparse.Namespace) -> int:
+    words, file = options.words, options.plot
     if len(words) != 1:
         raise ValueError(f"--plot draws one word, got {len(words)}")
+    others = [f"--{name}" for name in ("json", "ipa", "stress") if getattr(options, name)]
+    if others := others + ["--nbest"] * (options.nbest > 1):
+        raise ValueError(f"--plot draws the one way that the model says: no {', no '.join(others)}")
     alignment = voice.align(words[0])
     if not draw_alignment(alignment, file):
         raise MissingError("--plot needs matplotlib: pip install 'npformer[plot]'")
-    print(f"{words[0]}  {' '.join(alignment.phones[:-1])}  -> {file}")
+    print(f"{words[0]}  {' '.join(alignment.phones[:-1])}  as the model says it -> {file}")
     return 0
 
 
@@ -667,7 +672,8 @@ def run_diff(options: argparse.Namespace) -> int:
     print(f"first difference, in {found.phase}: {found.name}  ({how}; {found.at})")
     print(found.report)
     if n := len(found.inherited):
-        print(f"inherited by {n} tensors after it: {', '.join(found.inherited[:3])}, ...")
+        more = ", ..." if n > 3 else ""
+        print(f"inherited by {n} after it: {', '.join(found.inherited[:3])}{more}")
     return 1
 
 
