@@ -428,6 +428,24 @@ def _(kind, command, material, folder):
         ]
 
 
+@row("a link under the name `recent` or `shards`")
+def _(kind, command, material, folder):
+    if kind in ("train", "demo"):
+        found = shutil.copytree(material[0][kind], folder / "it")
+        shutil.rmtree(found / "recent", ignore_errors=True)
+        for name in ("recent", "shards"):
+            theirs = folder / "other" / name
+            theirs.mkdir(parents=True)
+            (theirs / "00000001.safetensors").write_text("another run's")
+            (found / name).symlink_to(theirs)
+            for line in ([], ["--overwrite"]):
+                code, err = command(kind, found, *line)
+                assert (code, f"{name}: this is a link" in err) == (2, True)
+            assert cli.main(["train", "--resume", str(found)]) == 2
+            assert (theirs / "00000001.safetensors").read_text() == "another run's"
+            (found / name).unlink()
+
+
 @row("a training that is at work")
 def _(kind, command, material, folder):
     if kind in ("train", "demo", "export"):
@@ -541,7 +559,7 @@ def _(folder, name, capsys):
     assert f"{folder / name}: Too many levels of" in read(folder, name, capsys)
 
 
-@row("a text larger than 16 MiB")
+@row("a text larger than 16 MiB, a `--config` larger than 64 KiB")
 def _(folder, name, capsys):
     if not name.endswith((".safetensors", ".npy")):
         os.truncate(folder / name, storage.LARGEST + 1)
