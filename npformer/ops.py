@@ -352,7 +352,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
 def relu(x: Array) -> Forward:
     """y = max(x, 0); the gradient at 0 is 0, at NaN dy, as in torch.   x (...)   ->   y (...)
 
-    Where x < 0 a NaN in dy stays: it is multiplied by 0.  (torch puts 0 there.)
+    Where x < 0 a dy of NaN or infinity gives NaN: it is multiplied by 0.  (torch puts 0 there.)
     """
     _check_floats("relu", x=x)
     zeros = np.zeros(x.shape[-1:], x.dtype)  # a row of them: a scalar costs 2.5 times as much
