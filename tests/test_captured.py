@@ -1,6 +1,7 @@
 """A step that is captured is the step: the same losses and weights, bucket by bucket.
 
 On the CPU a stand-in plays the graph: it does the same work at the same places, whatever is there.
+Where there is a card, its own graphs are tried as well.
 """
 
 import numpy as np
@@ -48,12 +49,12 @@ def recorded(monkeypatch):
 TASK = tasks.load("sort")
 
 
-def trainer_of(is_captured, dropout=0.0, dtype=torch.float32):
+def trainer_of(is_captured, dropout=0.0, dtype=torch.float32, device="cpu"):
     settings = {"model": SIZES | dict.fromkeys(presets.NO_DROPOUT, dropout) | {"max_len": 26}}
     config, _ = presets.build(TASK, settings | {"recipe": {}})
     # Adam's eps: else a gradient that is noise alone (of a key's bias) makes a step like any other
     recipe = Recipe(batch_size=8, label_smoothing=0.1, eps=1e-2)
-    trainer = torchformer.training.Trainer(config, recipe, 3, captured=is_captured)
+    trainer = torchformer.training.Trainer(config, recipe, 3, device, captured=is_captured)
     trainer.model.to(dtype)
     return trainer
 
@@ -70,23 +71,49 @@ def ragged(step):
     return Batch(src, tgt)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@PRECISIONS
 def test_captured_steps_are_the_steps(dtype, recorded):
-    plain, ours = (trainer_of(is_captured, dtype=dtype) for is_captured in (False, True))
     # A padded row or column adds zeros to a sum, which may then be added up in another order
-    off = 64 * torch.finfo(dtype).eps
-    for step in [*range(1, 16), *range(1, 16)]:
-        batch = ragged(step)
-        assert ours.step(batch, RATE) == pytest.approx(plain.step(batch, RATE), rel=off), step
-    assert ours.captured is not None
-    shapes = ours.captured.inputs.keys()
-    assert ours.captured.graphs.keys() == shapes  # each has been here twice
+    captured = assert_captured_steps_are_the_steps(dtype, "cpu", 64 * torch.finfo(dtype).eps)
+    shapes = captured.inputs.keys()
+    assert captured.graphs.keys() == shapes  # each has been here twice
     assert {shape.is_full for shape in shapes} == {True, False}
     assert 5 < len(shapes) < 15
     assert recorded == [None] + ["the pool"] * (len(shapes) - 1)  # one pool for all
+
+
+@CARD
+@PRECISIONS
+def test_captured_steps_are_the_steps_on_a_card(dtype):
+    # There every shape has kernels of its own, and a table's gradient is added up in any order
+    captured = assert_captured_steps_are_the_steps(dtype, "cuda", 1024 * torch.finfo(dtype).eps)
+    assert captured.graphs.keys() == captured.inputs.keys()
+    assert all(isinstance(graph, torch.cuda.CUDAGraph) for graph in captured.graphs.values())
+
+
+def assert_captured_steps_are_the_steps(dtype, device, off):
+    plain, ours = (
+        trainer_of(is_captured, dtype=dtype, device=device) for is_captured in (False, True)
+    )
+    for step in [*range(1, 16), *range(1, 16)]:  # on a card each loss is that of the step before
+        batch = ragged(step)
+        assert ours.step(batch, RATE) == pytest.approx(plain.step(batch, RATE), rel=off), step
     scale = max(float(x.abs().max()) for x in plain.model.state_dict().values())
     for name, x in plain.model.state_dict().items():
         assert float((ours.model.state_dict()[name] - x).abs().max()) <= off * scale, name
+    assert ours.captured is not None
+    return ours.captured
+
+
+@CARD
+def test_each_replay_of_a_captured_step_drops_other_entries():
+    trainer, batch = trainer_of(True, dropout=0.5, device="cuda"), ragged(3)
+    losses = [trainer.step(batch, 0.0) for _ in range(8)]  # the first twice, it is late by one
+    assert len(set(losses)) == 7
 
 
 def test_a_run_that_goes_on_takes_the_steps_of_one_that_never_stopped(recorded):

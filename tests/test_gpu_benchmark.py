@@ -193,7 +193,7 @@ def has_no_room(bench, seconds):
 
 
 def works(bench, seconds):
-    return {"ceiling": bench.rows("ceilings")["copy_tb_per_s"], "there": sorted(bench.results)}
+    return {"ceiling": bench.rows("ceilings").get("copy_tb_per_s"), "there": sorted(bench.results)}
 
 
 @pytest.fixture
@@ -340,6 +340,19 @@ def test_importing_the_sections_asks_nothing_of_the_card():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_sections_are_measured_in_the_order_in_which_they_were_asked_for(sections, tmp_path):
+    """And the ceilings before them, where neither the folder nor anybody has them."""
+    sections(works="works", ceilings="works", last="works")
+    content = content_of(tmp_path)
+    del content["results"]["ceilings"]
+    for chosen, order in [
+        ("works,ceilings,last", ["works", "ceilings", "last"]),
+        ("last,works", ["ceilings", "last", "works"]),
+    ]:
+        results.save_content(tmp_path / "bench.json", content)
+        assert list(run(tmp_path, "--only", chosen)[1]["results"]) == order
 
 
 def test_a_section_for_which_no_time_is_left_is_skipped_and_says_so(sections, tmp_path, capfd):

@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,14 +140,14 @@ class Run:
         margin = MARGIN if self.is_cuda else 0.0
         return self.budget - margin - (time.monotonic() - self.start)
 
-    def measure(self, chosen: Iterable[str]) -> None:
+    def measure(self, chosen: Sequence[str]) -> None:
         processes, about, settings = self.device()
         if self.content["environment"]:
             results.check_same_card(self.path, self.content, about)
         self.content |= {"environment": about, "settings": settings}
         there = self.content["results"]
-        if "ceilings" not in there:  # without them a time cannot be judged
-            chosen = dict.fromkeys(["ceilings", *chosen])
+        if "ceilings" not in there and "ceilings" not in chosen:
+            chosen = ["ceilings", *chosen]  # without them a time cannot be judged
         if self.options.again:
             for name in chosen:
                 results.forget(self.content, name)

@@ -58,7 +58,7 @@ release() { # the model that the package ships, stopped cleanly at its limit, an
     printf '[model]\nd_model = 16\nd_ff = 16\n[recipe]\nbatch_size = 8\ndev_examples = 8\n' >"$work/toy.toml"
     choice=(sort --config "$work/toy.toml" --steps 4)
   fi
-  part "release model" 200 -s INT python -m npformer train "${choice[@]}" \
+  part "release model" 200 python -m npformer train "${choice[@]}" \
     --backend torch --device "$device" --precision bfloat16 --out "$work/release"
   part "release model in float16" 20 python -m benchmarks.gpu.once keep "$work/release" "$out/release"
 }
@@ -67,7 +67,8 @@ tests() { # NAME LIMIT ARGUMENTS ...: of pytest, which such a machine may lack
   local name=$1 limit=$2
   shift 2
   if python -c 'import pytest, hypothesis' 2>>"$log"; then
-    part "$name" "$limit" python -m pytest -p no:cacheprovider -ra "$@"
+    # Stopped by Ctrl-C it still tells what has failed; and no warning is worth a test on a card
+    part "$name" "$limit" -s INT python -m pytest -p no:cacheprovider -ra -W default "$@"
   else
     say "$name: skipped, pytest or hypothesis is not installed here"
   fi
