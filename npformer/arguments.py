@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,11 @@ def path(text: str) -> str:
 def shortened(text: str) -> str:
     """Quoted, and not all of it if it is long."""
     return repr(text if len(text) <= 40 else f"{text[:36]} ...")
+
+
+def typed(path: str | Path) -> str:
+    """As it has to be typed in a shell: in quotes where it has spaces, and never an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def one_line(message: Any, longest: int = 500) -> str:

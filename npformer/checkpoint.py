@@ -331,6 +331,8 @@ def _check_sum(
 ) -> None:
     """What others wrote, and we before, has none."""
     saved = metadata.get("checksum")
+    if saved is None and any(value.startswith("crc32:") for value in metadata.values()):
+        raise ValueError("damaged: its checksum goes by another name")
     if saved is None or sum(x.nbytes for x in tensors.values()) > largest:
         return
     found = checksum(tensors, {key: x for key, x in metadata.items() if key != "checksum"})

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 import npformer
 from npformer import arguments, checkpoint, presets, runs, streams, tasks, training
 from npformer.allocator import keep_freed_memory
-from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, whole_number
+from npformer.arguments import SEEDS, STEPS, THREADS, path, positive_number, typed, whole_number
 from npformer.checkpoint import CheckpointError, blame, to_json
 from npformer.decoding import greedy
 from npformer.options import integer
@@ -226,7 +227,8 @@ def parser() -> argparse.ArgumentParser:
         "--plot",
         type=path,
         metavar="FILE.png",
-        help="draw which letters each sound of the word comes from",
+        help="draw which letters each sound of the word comes from, as the model says it, whether "
+        "the dictionary has the word or not",
     )
     add(
         "--json",
@@ -370,7 +372,7 @@ def run_demo(options: argparse.Namespace) -> int:
                 report=report,
             )
     if outcome.ended == "interrupted":
-        say(f"Interrupted; go on with: npformer train --resume {options.out}")
+        say(f"Interrupted; go on with: npformer train --resume {typed(options.out)}")
         return 130
     scores = outcome.scores
     say(
@@ -382,7 +384,7 @@ def run_demo(options: argparse.Namespace) -> int:
     examples = task.test()[:200]
     result: dict[str, Any] = {"steps": outcome.progress.step, "scores": scores}
     hint = (
-        f"Next: npformer predict {options.out} 8675309    npformer train g2p --minutes 10\n"
+        f"Next: npformer predict {typed(options.out)} 8675309    npformer train g2p --minutes 10\n"
         "      and read npformer/ops.py"
     )
     try:
@@ -438,7 +440,7 @@ def run_train(options: argparse.Namespace) -> int:
     engine = (options.device, about["precision"], about["compile"], about["capture"])
     with runs.locked(folder):
         if not options.resume:
-            runs.claim(folder, "run", options.overwrite, f"--resume {folder}, ")
+            runs.claim(folder, "run", options.overwrite, f"--resume {typed(folder)}, ")
         trainer = _trainer(about["backend"], config, recipe, seed, about["threads"], engine)
         say(
             f"Training {task.name} with {about['backend']}: {config.n_encoder_layers}+"
@@ -462,7 +464,9 @@ def run_train(options: argparse.Namespace) -> int:
         drawn = draw_history(outcome.progress.history, task, folder / runs.LOSS)
     progress = outcome.progress
     if outcome.ended == "interrupted":
-        say(f"Stopped at step {progress.step}.  Go on with: npformer train --resume {folder}")
+        say(
+            f"Stopped at step {progress.step}.  Go on with: npformer train --resume {typed(folder)}"
+        )
     else:
         say(
             f"{progress.step} steps in {progress.seconds:.0f} s; the best checkpoint is of step "
@@ -470,7 +474,8 @@ def run_train(options: argparse.Namespace) -> int:
         )
         if drawn:
             say(f"Loss curve: {folder / runs.LOSS}")
-        say(f"Next: npformer predict {folder} {_example(task)}    npformer check {folder}")
+        it = typed(folder)
+        say(f"Next: npformer predict {it} {_example(task)}    npformer check {it}")
     if options.json:
         summary = {"folder": str(folder), "ended": outcome.ended, "steps": progress.step}
         summary |= {"seconds": progress.seconds, "best_step": progress.best_step}
@@ -510,7 +515,7 @@ def run_check(options: argparse.Namespace) -> int:
     _need_torch("check compares NumPy with PyTorch")
     model, task = _load(options.folder, verify=True)
     result = _compare(model, task, task.test()[:200], say)
-    say(f"Next: npformer predict {options.folder} {_example(task)}")
+    say(f"Next: npformer predict {typed(options.folder)} {_example(task)}")
     say(result["verdict"])
     if options.json:
         print(to_json(result, indent=2))
@@ -521,19 +526,23 @@ def run_predict(options: argparse.Namespace) -> int:
     if options.backend == "torch":
         _need_torch("--backend torch")
     model, task = _load(options.folder)
-    failed, results = False, []
+    failed, between = False, "["
     for text, ids, error in _inputs(options.inputs, task):
         if error is not None:
             failed = True
             print(f"npformer predict: {error}", file=sys.stderr)
-            results.append({"input": text, "error": error})
+            result = {"input": text, "error": error}
         else:
             answer = task.format(_answers(options.backend, model, [ids], task)[0])
-            results.append({"input": text, "output": answer})
-        if not options.json:
-            print(results.pop().get("output", ""), flush=True)
+            result = {"input": text, "output": answer}
+        if options.json:  # one list, item by item: there may be no end of them
+            item = to_json(result, indent=2).replace("\n", "\n  ")  # in a string it is \\n
+            print(f"{between}\n  {item}", end="")
+            between = ","
+        else:
+            print(result.get("output", ""), flush=True)
     if options.json:
-        print(to_json(results, indent=2))
+        print("[]" if between == "[" else "\n]")
     return 2 if failed else 0
 
 
@@ -573,7 +582,7 @@ def run_export(options: argparse.Namespace) -> int:
         checkpoint.save_json(out / runs.CERTIFICATE, certificate)
     size = sum((out / name).stat().st_size for name in runs.FILES) / 1e6
     say(f"Held-out test data: {_percentages(scores)}")
-    say(f"{out}: {size:.2f} MB.  Next: npformer predict {out} {_example(task)}")
+    say(f"{out}: {size:.2f} MB.  Next: npformer predict {typed(out)} {_example(task)}")
     say(agreement["verdict"])
     if options.json:
         print(to_json(certificate, indent=2))
@@ -586,7 +595,7 @@ def run_pronounce(options: argparse.Namespace) -> int:
     wanted = {name: getattr(options, name) for name in ("nbest", "beam", "model", "stress")}
     voice = pronunciation.Pronouncer.load(options.weights or pronunciation.SHIPPED)
     if options.plot:
-        return _plot_alignment(voice, options.words, options.plot)
+        return _plot_alignment(voice, options)
     if options.words:
         chunks: Any = [options.words]
     else:
@@ -626,13 +635,17 @@ def _as_json(answer: Any) -> dict[str, Any]:
     return about
 
 
-def _plot_alignment(voice: Any, words: Sequence[str], file: str) -> int:
+def _plot_alignment(voice: Any, options: argparse.Namespace) -> int:
+    words, file = options.words, options.plot
     if len(words) != 1:
         raise ValueError(f"--plot draws one word, got {len(words)}")
+    others = [f"--{name}" for name in ("json", "ipa", "stress") if getattr(options, name)]
+    if others := others + ["--nbest"] * (options.nbest > 1):
+        raise ValueError(f"--plot draws the one way that the model says: no {', no '.join(others)}")
     alignment = voice.align(words[0])
     if not draw_alignment(alignment, file):
         raise MissingError("--plot needs matplotlib: pip install 'npformer[plot]'")
-    print(f"{words[0]}  {' '.join(alignment.phones[:-1])}  -> {file}")
+    print(f"{words[0]}  {' '.join(alignment.phones[:-1])}  as the model says it -> {file}")
     return 0
 
 
@@ -652,7 +665,8 @@ def run_trace(options: argparse.Namespace) -> int:
     if options.out:
         runs.clear(options.out, "trace")
         seen.save(options.out)
-        print(f"Saved: {options.out}    compare with another: npformer diff {options.out} OTHER")
+        other = f"npformer diff {typed(options.out)} OTHER"
+        print(f"Saved: {options.out}    compare with another: {other}")
     return 0
 
 
@@ -667,7 +681,8 @@ def run_diff(options: argparse.Namespace) -> int:
     print(f"first difference, in {found.phase}: {found.name}  ({how}; {found.at})")
     print(found.report)
     if n := len(found.inherited):
-        print(f"inherited by {n} tensors after it: {', '.join(found.inherited[:3])}, ...")
+        more = ", ..." if n > 3 else ""
+        print(f"inherited by {n} after it: {', '.join(found.inherited[:3])}{more}")
     return 1
 
 
@@ -943,7 +958,8 @@ def _say(text: str) -> None:
         print(text, flush=True)
     except OSError:
         streams.forget_output()
-        print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that was closed, both are gone
+            print("npformer: the output is closed; the work goes on without it", file=sys.stderr)
 
 
 # --- Progress ---------------------------------------------------------------------------------
@@ -1006,7 +1022,8 @@ class _Bar(_Quiet):
         return self
 
     def __exit__(self, *_):
-        self.progress.stop()
+        with suppress(OSError):  # the terminal was closed, and the work went on
+            self.progress.stop()
 
     def step(self, entry):
         self.loss = entry["loss"] if not self.loss else 0.95 * self.loss + 0.05 * entry["loss"]

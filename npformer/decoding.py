@@ -208,10 +208,12 @@ def next_logits(
 ) -> tuple[Array, Cache]:
     """What may come after `token` (B,): logits (B, V), -inf where not `allowed` (V,).
 
-    Raises ValueError, naming one of `samples`, where there is no most likely token: for NaN.
+    Raises ValueError, naming one of `samples`, where there is no most likely token: for NaN, and
+    where none of those that are allowed is possible.
     """
     logits, cache = model.step(token[:, np.newaxis], cache)  # (B, 1, V)
     last = np.where(allowed, logits[:, -1], -np.inf)  # (B, V)
-    if not math.isfinite(last.max()):
-        raise not_finite(last.max(axis=-1).tolist(), samples, cache.length)
+    top = last.max(axis=-1).tolist()  # (B,)
+    if not all(map(math.isfinite, top)):
+        raise not_finite(top, samples, cache.length)
     return last, cache

@@ -6,7 +6,7 @@ print(explain_mask(mask))       # of any library: boolean, 0/1 or additive
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from npformer import storage
 from npformer.checkpoint import blame
 from npformer.masks import causal_mask, padding_mask, window_mask
 from npformer.ops import Array
-from npformer.options import integer
+from npformer.options import flag, integer
 
 VERY_NEGATIVE = -100.0  # what is added to a score to hide it; a learned bias is nearer to 0
 MARKS = {"given": "g", "window": "w", "causal": "c", "padding": "p"}
@@ -140,7 +140,8 @@ def _of_an_additive(x: Array) -> str:
         )
     left = "nothing, in any precision,"
     if math.exp(most) > 0:
-        left = f"exp({most:g}) = {math.exp(most):.2g}, in half precision nothing,"
+        too_small = "half" if math.exp(most) > 2.0**-150 else "single and half"  # of float32
+        left = f"exp({most:g}) = {math.exp(most):.2g}, in {too_small} precision nothing,"
     lines.append(f"  added to a score, {most:g} leaves {left}")
     lines.append("    of the weight that an open key of the same score has")
     if least < most:
@@ -197,8 +198,8 @@ def explain_mask(
     window: int | None = None,
     n_queries: int | None = None,
     offset: int = 0,
-    tokens: Sequence[str] | None = None,
-    query_tokens: Sequence[str] | None = None,
+    tokens: Iterable[str] | None = None,
+    query_tokens: Iterable[str] | None = None,
 ) -> str:
     """Who may attend to whom and why not, with the broadcasting on the way, as text.
 
@@ -212,10 +213,16 @@ def explain_mask(
     Raises ValueError where nothing is given, or shapes do not fit.
     """
     given = None if mask is None else read_mask(mask)
+    tokens = None if tokens is None else [str(token) for token in tokens]
+    query_tokens = None if query_tokens is None else [str(token) for token in query_tokens]
+    causal = flag("causal", causal)
     n_queries = None if n_queries is None else integer("n_queries", n_queries, 1)
     S = _n_keys(ids, given, tokens)
     T = n_queries or (given.allowed.shape[-2] if given and given.allowed.ndim > 1 else 0)
     T = S if T in (0, 1) and n_queries is None else T
+    for name, names, n in (("tokens", tokens, S), ("query_tokens", query_tokens, T)):
+        if names is not None and len(names) != n:
+            raise ValueError(f"{name} must be {n} names, one for each position, got {len(names)}")
     _check_pairs(given, ids, T, S)
     parts: dict[str, Array] = {}
     if ids is not None:
@@ -309,14 +316,14 @@ def reasons_of(parts: dict[str, Array], shape: tuple[int, ...]) -> Array:
 def _grids(
     parts: dict[str, Array],
     shape: tuple[int, ...],
-    tokens: Sequence[str] | None,
-    query_tokens: Sequence[str] | None,
+    tokens: list[str] | None,
+    query_tokens: list[str] | None,
 ) -> list[str]:
     *_, T, S = shape
     reasons = reasons_of(parts, shape)
-    names = [str(t) for t in (tokens or range(S))]
+    names = tokens or [str(s) for s in range(S)]
     # Without names of their own the queries are the last T of the keys, as with a cache
-    queries = [str(t) for t in query_tokens or (names[S - T :] if T <= S else range(T))]
+    queries = query_tokens or (names[S - T :] if T <= S else [str(t) for t in range(T)])
     width = max(map(len, [*names, *queries]))
     # In the mask that was given such a row may mean something else: see what it was taken for
     empty = "nothing to attend to: its output is 0" + (" here" if "given" in parts else "")

@@ -20,16 +20,22 @@ means the same as we do.
 
 import numpy as np
 
+from npformer.options import integer
+
 Array = np.ndarray
 
 
-def padding_mask(ids: Array, pad_id: int) -> Array:
+def padding_mask(ids: Array, pad_id: int | None) -> Array:
     """mask[b, 0, 0, s] = (ids[b, s] != pad_id): True at real tokens.
 
-    ids (B, S)   ->   (B, 1, 1, S)
+    ids (B, S)   ->   (B, 1, 1, S)          pad_id None: nothing is a pad
     """
     if ids.ndim != 2:
         raise ValueError(f"padding_mask: ids must be (B, S), got shape {ids.shape}")
+    if type(pad_id) is not int:  # said quickly: each step of a decoder asks
+        if pad_id is None:
+            return np.full((len(ids), 1, 1, ids.shape[1]), True)
+        pad_id = integer("padding_mask: pad_id", pad_id)
     return (ids != pad_id)[:, np.newaxis, np.newaxis, :]
 
 
@@ -40,7 +46,9 @@ def causal_mask(T: int, S: int | None = None, offset: int = 0) -> Array:
     `offset` keys were computed earlier and the T queries continue them, query 0 stands at
     position `offset`; then S = offset + T, which is also the default for S.
     """
-    S = offset + T if S is None else S
+    if not type(T) is type(offset) is int:  # said quickly: each step of a decoder asks
+        T, offset = integer("causal_mask: T", T), integer("causal_mask: offset", offset)
+    S = offset + T if S is None else integer("causal_mask: S", S)
     query, key = np.arange(T)[:, np.newaxis] + offset, np.arange(S)
     return key <= query
 
@@ -51,7 +59,8 @@ def window_mask(T: int, S: int, width: int, offset: int = 0) -> Array:
     `causal_mask(T, S) & window_mask(T, S, width)` is sliding-window attention: the last `width`
     positions, the query's own included.
     """
-    if width < 1:
-        raise ValueError(f"window_mask: width must be at least 1, got {width}")
+    T, S = integer("window_mask: T", T, 0), integer("window_mask: S", S, 0)
+    width = integer("window_mask: width", width, 1)
+    offset = integer("window_mask: offset", offset)
     query, key = np.arange(T)[:, np.newaxis] + offset, np.arange(S)
     return key > query - width

@@ -7,7 +7,8 @@ adds them to `parameter.grad`.  Everything above the leaves is wiring, and nothi
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, ValuesView
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
@@ -33,14 +34,14 @@ class Parameter:
         if not isinstance(data, np.ndarray) or not np.issubdtype(data.dtype, np.floating):
             kind = data.dtype if isinstance(data, np.ndarray) else type(data).__name__
             raise TypeError(f"Parameter: data must be an array of floats, got {kind}")
-        self.bind(data, np.zeros(data.shape, data.dtype))
+        self.bind(np.asarray(data), np.zeros(data.shape, data.dtype))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("data", "grad"):
             if value is self.__dict__[name]:  # `p.grad += x` ends in `p.grad = p.grad`
                 return
             _check_replacement(name, value, self.data)
-            value = value.astype(self.data.dtype)  # a copy
+            value = np.array(value, self.data.dtype)  # a copy, and no np.matrix
         super().__setattr__(name, value)
 
     def bind(self, data: Array, grad: Array) -> None:
@@ -57,6 +58,8 @@ class Parameter:
 
 class _View(Parameter):
     """Another parameter's data.  An optimizer may pack that one later, so the array is not kept."""
+
+    of: Parameter
 
     def __init__(self, of: Parameter):
         self.__dict__.update(of=of, grad=np.zeros(of.data.shape, of.data.dtype))
@@ -159,6 +162,9 @@ class Module:
             parameter.data[...] = arrays[name]
 
 
+NAMELESS = set | frozenset | deque | ValuesView  # no place for Parameters and Modules
+
+
 def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """The Parameters and Modules in an attribute and in its lists, tuples and dicts."""
     if isinstance(value, Parameter | Module):
@@ -172,8 +178,9 @@ def _parts(value: Any, name: str) -> Iterator[tuple[str, Any]]:
                 if not isinstance(key, str) or "." in key:
                     raise ValueError(f"{name}: the key {key!r} must be a string without a dot")
                 yield full_name, part
-    elif isinstance(value, set | frozenset) and any(True for _ in _parts([*value], name)):
-        raise ValueError(f"{name}: a set has no order to name its parts by; use a list or a dict")
+    elif isinstance(value, NAMELESS) and any(True for _ in _parts([*value], name)):
+        kind = type(value).__name__
+        raise ValueError(f"{name}: parts in a {kind} have no names; use a list or a dict")
 
 
 def _again(value: Any, made: dict[int, Any]) -> Any:

@@ -338,11 +338,11 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
         # Over the rows, dweight = Σ dy * xhat and dbias = Σ dy.
         dy_rows = dy.reshape(-1, C)  # (N, C)
         dy_xhat = dy_rows * xhat
-        dmean = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
-        dvariance = dy_xhat @ (weight / C)  # (N,)
+        mean_dxhat = dy_rows @ (weight / C)  # (N,): the mean of dxhat, by a matrix-vector product
+        mean_dxhat_xhat = dy_xhat @ (weight / C)  # (N,)
         dx = dy_rows * weight  # (N, C)
-        dx -= xhat * dvariance[:, np.newaxis]
-        dx -= dmean[:, np.newaxis]
+        dx -= xhat * mean_dxhat_xhat[:, np.newaxis]
+        dx -= mean_dxhat[:, np.newaxis]
         dx *= rstd
         return dx.reshape(shape), sum_rows(dy_xhat), sum_rows(dy_rows)
 
@@ -352,7 +352,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-5) -> Forwa
 def relu(x: Array) -> Forward:
     """y = max(x, 0); the gradient at 0 is 0, at NaN dy, as in torch.   x (...)   ->   y (...)
 
-    Where x < 0 a NaN in dy stays: it is multiplied by 0.  (torch puts 0 there.)
+    Where x < 0 a dy of NaN or infinity gives NaN: it is multiplied by 0.  (torch puts 0 there.)
     """
     _check_floats("relu", x=x)
     zeros = np.zeros(x.shape[-1:], x.dtype)  # a row of them: a scalar costs 2.5 times as much

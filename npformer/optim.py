@@ -78,6 +78,12 @@ class Optimizer:
                 self.views = [(p.data, p.grad) for p in self.parameters]
                 return
 
+    def __setstate__(self, state: dict) -> None:
+        """After copy.deepcopy or pickle, which tear the views from their buffer."""
+        vars(self).update(state)
+        self.data, self.grad = pack(self.parameters)
+        self.views = [(p.data, p.grad) for p in self.parameters]
+
     def state_dict(self) -> dict[str, Array]:
         return {"steps": np.array(self.steps), **{k: x.copy() for k, x in self.state.items()}}
 
@@ -103,6 +109,10 @@ def pack(parameters: list[Parameter]) -> tuple[Array, Array]:
     """
     if not parameters:
         raise ValueError("an optimizer needs at least one parameter")
+    for p in parameters:
+        if not isinstance(p, Parameter):
+            kind = f"{type(p).__module__}.{type(p).__name__}"
+            raise TypeError(f"an optimizer takes Parameters, model.parameters(), got {kind}")
     if len({id(p) for p in parameters}) < len(parameters):
         raise ValueError("an optimizer moves each parameter once, and one is given twice")
     if len(dtypes := {p.data.dtype.name for p in parameters}) > 1:

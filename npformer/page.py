@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
@@ -62,6 +63,7 @@ def write_page(
     src, tgt, source, target = list(src), list(tgt), list(source), list(target)
     blocks: dict[str, int] = {}  # the values, each once: many a tensor is another under a new name
     axes = axes_of(seen)
+    gradients = gradients_of(seen)
     content = {
         "about": about,
         "tokens": {
@@ -75,6 +77,7 @@ def write_page(
         "reasons": _reasons(src, tgt, pad_ids),
         "meanings": {mark: MEANINGS[name] for name, mark in MARKS.items()},
         "entries": [_entry(entry, axes.get(entry.name, []), blocks) for entry in seen],
+        "gradients": gradients,
         "blocks": list(blocks),
         "first": next((i for i, e in enumerate(seen) if e.name.endswith("self_attn.weights")), 0),
     }
@@ -127,6 +130,24 @@ def _reasons(src, tgt, pad_ids) -> dict[str, list[str]]:
         name: ["".join(row) for row in reasons_of(parts, (1, 1, rows, columns))[0, 0]]
         for name, (parts, rows, columns) in kinds.items()
     }
+
+
+def gradients_of(seen: Trace) -> dict[str, str]:
+    """The name of a tensor -> that of its gradient: of x it is dx, in the same place.
+
+    What has one name several times, as the x that goes through a stack, has its gradients in the
+    opposite order: of x, x#2 and x#3 the first dx is that of x#3.
+    """
+    forward = [entry for entry in seen if entry.phase == "forward"]
+    names = [entry.name.partition("#")[0] for entry in forward]
+    left, found = Counter(names), {}
+    for name, entry in zip(names, forward, strict=True):
+        path, dot, local = name.rpartition(".")
+        gradient = f"{path}{dot}d{local}" + (f"#{left[name]}" if left[name] > 1 else "")
+        left[name] -= 1
+        if gradient in seen and seen[gradient].phase == "backward":
+            found[entry.name] = gradient
+    return found
 
 
 SIZES = {"source": 5, "target": 7, "source vocabulary": 31, "target vocabulary": 37}

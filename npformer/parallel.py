@@ -43,12 +43,17 @@ class BatchThreads:
         n_parts = min(len(self.models), len(src))
         ends = [len(src) * i // n_parts for i in range(n_parts + 1)]
         parts = [slice(*pair) for pair in pairwise(ends)]
+        own, *others = (model.parameters() for model in self.models)
+        pairs = (pair for view in others for pair in zip(own, view, strict=True))
+        if any(getattr(part, "of", None) is not p for p, part in pairs):
+            raise ValueError(
+                "the model has other Parameters than when these threads were made: make them anew"
+            )
         with self.blas.limit(limits=1, user_api="blas"):
             losses = self.pool.map(
                 step, self.models, [src[p] for p in parts], [tgt[p] for p in parts], self.rngs
             )
             total = sum(losses)
-        own, *others = (model.parameters() for model in self.models)
         for view in others:
             for p, part in zip(own, view, strict=True):
                 p.grad += part.grad

@@ -14,7 +14,7 @@ from npformer.config import TransformerConfig
 from npformer.tasks import Task
 from npformer.training import Recipe
 
-LARGEST = 1 << 20  # bytes of a TOML file
+LARGEST, LONGEST = 1 << 16, 1000  # bytes of a TOML file, and of a line: x.x.x.x takes their square
 SHORT = 0.2  # of the longest: a batch of words is as long as its longest, few have 40 letters
 Settings = dict[str, dict[str, Any]]  # {"model": fields of the config, "recipe": of the recipe}
 
@@ -109,6 +109,8 @@ def read(file: str | Path) -> Settings:
     }
     with blame(file):
         data = storage.read(file, LARGEST)
+        if any(len(line) > LONGEST for line in data.splitlines()):
+            raise CheckpointError(f"{file}: a line is longer than {LONGEST} bytes")
         try:
             values = tomllib.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:

@@ -191,9 +191,11 @@ class Pronouncer:
         spelling = spell(word)
         if spelling.odd:
             several = "; several words are given one by one" if spelling.odd.isspace() else ""
+            known = look_up(word)
+            who = "the model reads" if known else "a word that is not in the dictionary is"
             raise ValueError(
-                f"{shown(word)} has {named(spelling.odd)}: a word that is not in the dictionary is "
-                f"letters a-z and apostrophes{several}"
+                f"{shown(word)} has {named(spelling.odd)}: {who} letters a-z and "
+                f"apostrophes{several}"
             )
         return self.task.spelled(spelling.word, word)
 
@@ -245,10 +247,9 @@ def look_up(word: str) -> list[list[str]]:
     """
     if ways := g2p.look_up(plain(word)):
         return ways
-    spelled, n = variant(word)
-    if n == 0:
-        return next(filter(None, map(g2p.look_up, spell(word).ways)), [])
+    text, n = variant(word)
+    spelled = next(filter(g2p.look_up, [text, *spell(text).ways]), "")
     ways = g2p.look_up(spelled)
     if 0 < len(ways) < n:
         raise ValueError(f"{shown(word)}: the ways to say {spelled} are {len(ways)}")
-    return ways[n - 1 : n]
+    return ways[n - 1 : n] if n else ways

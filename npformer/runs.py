@@ -112,10 +112,17 @@ def is_demo(folder: str | Path) -> bool:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """storage.lock.  Raises CheckpointError where another training has it."""
+    """storage.lock.  Raises CheckpointError where another training has it.
+
+    And where recent/ or shards/ is a link: what is in such a folder gets removed in time, and it
+    may be another run's.
+    """
     with ExitStack() as stack:
         with checkpoint.blame(folder):
             stack.enter_context(storage.lock(folder))
+        for path in (Path(folder, name) for name in KINDS["run"].inside):
+            if path.is_symlink():
+                raise CheckpointError(f"{path}: this is a link, and what it leads to is not ours")
         yield
 
 

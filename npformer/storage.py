@@ -53,7 +53,7 @@ def read(path: str | Path, largest: int = LARGEST) -> bytes:
     with os.fdopen(_open_regular(path), "rb") as file:
         data = file.read(largest + 1)
     if len(data) > largest:
-        raise OSError(errno.EFBIG, f"larger than {largest >> 20} MiB, this is something else")
+        raise OSError(errno.EFBIG, f"larger than {largest / 2**20:g} MiB, this is something else")
     return data
 
 
@@ -88,8 +88,11 @@ def stage(path: str | Path, *data: Any) -> "Staged | Special":
 
     So that what is likely to fail, as on a full disk, has been done before anything is replaced.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _made(Path(path).parent):
+        return _stage(Path(path), data)
+
+
+def _stage(path: Path, data: tuple[Any, ...]) -> "Staged | Special":
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -128,9 +131,9 @@ class Staged:
 
     def _check_writable(self) -> None:
         """What may not be written may not be replaced either, though the folder would allow it."""
-        self.before = os.stat(self.target)
-        if not os.access(self.target, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        file = os.open(self.target, os.O_WRONLY | AT_ONCE)  # one question: it may go at any time
+        self.before = os.fstat(file)
+        os.close(file)
 
     def _be_like(self, before: os.stat_result) -> None:
         now = os.fstat(self.file)
@@ -261,18 +264,27 @@ def lock(folder: str | Path) -> Iterator[None]:
     if place in held:
         yield
         return
+    with _made(folder):
+        file = _take(folder)
+        held.add(place)
+        try:
+            sweep(folder)
+            yield
+        finally:
+            held.remove(place)
+            with suppress(OSError):
+                os.unlink(folder / LOCK)
+            os.close(file)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder is there; of those that were made for it, the ones that stay empty go again."""
     made = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    file = _take(folder)
-    held.add(place)
     try:
-        sweep(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        held.remove(place)
-        with suppress(OSError):
-            os.unlink(folder / LOCK)
-        os.close(file)
         with suppress(OSError):  # something is in it
             for each in made:
                 each.rmdir()
@@ -291,7 +303,8 @@ def _take(folder: Path) -> int:
             reason = f"another training is at work there (process {owner})"
             raise BlockingIOError(errno.EAGAIN, reason, str(folder))
         if os.fstat(file).st_nlink:  # else its owner removed it just now
-            os.ftruncate(file, 0)
-            os.write(file, f"{os.getpid()}\n".encode())
+            with suppress(OSError):  # it is locked all the same where a full disk has no room
+                os.ftruncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
             return file
         os.close(file)

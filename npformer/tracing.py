@@ -217,7 +217,8 @@ class Watcher:
     def __enter__(self) -> "Watcher":
         # Python has one hook for it.  Who holds it, a debugger or coverage, is told all of it
         self.before: Any = sys.gettrace()
-        sys.settrace(self.hook)
+        self.ours: Any = self.hook
+        sys.settrace(self.ours)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,6 +229,8 @@ class Watcher:
         it: "line" before each line, "exception", and "return".
         """
         tell = self.before and self.before(frame, event, argument)
+        if sys.gettrace() is not self.ours:  # coverage, once told of a call, takes the hook back
+            sys.settrace(self.ours)
         if frame.f_code not in self.codes:
             return tell
         seen = _Open(frame, *self._place(frame))

@@ -271,8 +271,8 @@ def run(
     """Train for `recipe.steps` or `minutes`, what ends first; the best checkpoint is in `folder`.
 
     `patience`: stop after that many evaluations without a better score; `target`: stop at a score
-    that good.  Where the time will end first, the schedule is stretched to end with it.  Ctrl-C
-    (or a SIGTERM) saves and returns.  With `resume` the run in `folder` goes on where it stopped,
+    that good.  Where the time will end first, the schedule is stretched to end with it.  Ctrl-C (or
+    SIGTERM, SIGHUP) saves and returns.  With `resume` the run in `folder` goes on where it stopped,
     was interrupted or was killed, and ends with the same best checkpoint and the same weights, bit
     for bit, as one that never stopped (where no `minutes` limit it: no clock ticks the same twice).
 
@@ -352,7 +352,8 @@ class _Run:
     def finish(self, ended: str) -> dict[str, float]:
         """The last weights averaged, where the recipe says so; the best tested."""
         trainer, task, progress = self.trainer, self.task, self.progress
-        if self.recipe.average > 1 and "averaged" not in progress.history["evaluations"][-1]:
+        is_averaged = "averaged" in progress.history["evaluations"][-1]
+        if self.recipe.average > 1 and progress.recent and not is_averaged:
             last = trainer.weights()
             trainer.load_weights(self._average())
             self.evaluate(averaged=len(progress.recent))
@@ -463,9 +464,10 @@ class _Run:
         checkpoint.check_finite(path, {k: x for k, x in tensors.items() if x.dtype.kind == "f"})
         with checkpoint.blame(path):
             for name in ("task", "backend", "seed"):
-                if metadata[name] != str(self.about[name]):
-                    ours = self.about[name]
-                    raise ValueError(f"the run has the {name} {metadata[name]}, not {ours}")
+                ours = str(self.about[name])
+                # The first version's has no task; it is in its run.json
+                if (theirs := metadata.get(name, ours)) != ours:
+                    raise ValueError(f"the run has the {name} {theirs}, not {ours}")
             if TransformerConfig.from_json(metadata["config"]) != self.trainer.config:
                 raise ValueError("the run has another model configuration")
             theirs, ours = Recipe(**parse_json(metadata["recipe"])), asdict(self.recipe)
@@ -473,6 +475,8 @@ class _Run:
                 if name != "steps" and ours[name] != value:  # more steps may be wanted
                     raise ValueError(f"the run was trained with {name} {value}, not {ours[name]}")
             progress = Progress.from_json(metadata["progress"])
+            if self.recipe.average > 1 and progress.history["evaluations"] and not progress.recent:
+                progress.recent = self._recent_of_the_first_version(progress.step)
             parts: dict[str, dict[str, Array]] = {"model": {}, "state": {}}
             for name, x in tensors.items():
                 part, _, rest = name.partition(".")
@@ -514,6 +518,11 @@ class _Run:
             path = _snapshot(self.folder, progress.step)
             checkpoint.save_tensors(path, self.trainer.weights(), {})
             progress.recent = [*progress.recent, progress.step][-n:]
+
+    def _recent_of_the_first_version(self, last: int) -> list[int]:
+        """It averaged whatever lay in recent/, and wrote down nothing."""
+        steps = [int(path.stem) for path in runs.listed(self.folder / RECENT)]
+        return [step for step in steps if step <= last][-self.recipe.average :]
 
     def _forget(self) -> None:
         """Remove the weights that will not be averaged; after the save that says so."""
@@ -570,7 +579,9 @@ def _spread(examples: Sequence[Example], n: int) -> list[Example]:
 
 @contextmanager
 def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C or SIGTERM is noted and acted on between steps, the second one is as usual.
+    """The first Ctrl-C, SIGTERM or SIGHUP is noted and acted on between steps, another is as usual.
+
+    But not another SIGHUP: where a terminal is closed, the kernel and the shell both send one.
 
     What else handles these signals is called as well, and is there again afterwards.
     """
@@ -578,7 +589,7 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
     before: dict[int, Any] = {}
 
     def note(signum, frame):
-        if seen:
+        if seen and signum != getattr(signal, "SIGHUP", None):
             raise KeyboardInterrupt
         seen.append(signum)
         usual = (signal.SIG_DFL, signal.SIG_IGN, signal.default_int_handler, None)
@@ -586,7 +597,8 @@ def _graceful_interrupt() -> Iterator[Callable[[], bool]]:
             before[signum](signum, frame)
 
     if threading.current_thread() is threading.main_thread():  # else somebody else handles signals
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        for signum in (getattr(signal, name) for name in names):  # Windows has no SIGHUP
             if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and `&` ask for
                 before[signum] = signal.signal(signum, note)
     try:

@@ -294,10 +294,12 @@ class Transformer(Module):
             if memory_mask is not None:
                 raise ValueError("Transformer: memory_mask is given, but there is no memory")
             return
-        if memory.ndim != 3 or len(memory) != len(tgt):
+        B, C = len(tgt), self.config.d_model
+        shape = tuple(getattr(memory, "shape", ()))
+        if len(shape) != 3 or (shape[0], shape[2]) != (B, C) or shape[1] == 0:
             raise ValueError(
-                f"Transformer: memory must be (B, S, C) with B = {len(tgt)}, the samples of tgt, "
-                f"got shape {memory.shape}"
+                f"Transformer: memory must be (B, S, C) with B = {B}, the samples of tgt, and "
+                f"C = {C}, got shape {shape}"
             )
         scores = (len(tgt), self.config.n_heads, tgt.shape[1], memory.shape[1])  # (B, H, T, S)
         check_heads_mask("Transformer", memory_mask, scores, "memory_mask")

@@ -171,6 +171,31 @@ def _continued() -> list[Row]:
 
 # --- Masks ------------------------------------------------------------------------------------
 
+
+def _makers() -> list[Row]:
+    """What makes masks: with a pad of '0' nothing was a pad, and 2.5 keys back were 3."""
+    ours, theirs, ids = npformer.masks, torchformer.masks, torch.tensor(SRC)
+    found = rows(
+        "padding_mask pad_id",
+        lambda x: ours.padding_mask(SRC, x),
+        lambda x: theirs.padding_mask(ids, x),
+        "^padding_mask: pad_id must be an integer, got ",
+        NO_INTEGERS[1:],
+    )
+    right = {"T": 2, "S": 3, "width": 2, "offset": 0}
+    for maker, names in (("causal_mask", "T S offset"), ("window_mask", "T S width offset")):
+        for name in names.split():
+            values = NO_INTEGERS[1:] + [None] * (name != "S" or maker == "window_mask")
+            f, g = (
+                lambda x, module=module, maker=maker, names=names, name=name: getattr(
+                    module, maker
+                )(**{key: right[key] for key in names.split()} | {name: x})
+                for module in (ours, theirs)
+            )
+            found += rows(f"{maker} {name}", f, g, f"^{maker}: {name} must be an integer", values)
+    return found
+
+
 WRONG_SHAPES = {
     "none": (),
     "one axis": (S,),
@@ -302,6 +327,7 @@ ROWS: list[Row] = [
     *_decoding("sample", _sample, _sample_twin),
     *_options(),
     *_continued(),
+    *_makers(),
     *_masks(),
     *_memory(),
 ]

@@ -91,6 +91,13 @@ def _ops() -> list[Row]:
             r"^cross_entropy: n_targets must be (an integer|at least 1), got ",
             [5.75, *NO_SIZES[1:]],
         ),
+        *rows(  # a tensor's number is not asked for: that would be to wait
+            "n_targets of the twin",
+            None,
+            lambda n: torchformer.training.cross_entropy(x, torch.tensor(IDS), n_targets=n),
+            r"^cross_entropy: n_targets must be (an integer|at least 1), got ",
+            [5.75, *(n for n in NO_SIZES[1:] if not isinstance(n, torch.Tensor))],
+        ),
         *rows(
             "ignore_index",
             lambda i: entropy(ignore_index=i),
@@ -101,7 +108,9 @@ def _ops() -> list[Row]:
         *rows(
             "label_smoothing",
             lambda value: entropy(label_smoothing=value),
-            None,
+            lambda value: torchformer.training.cross_entropy(
+                x, torch.tensor(IDS), label_smoothing=value
+            ),
             r"^cross_entropy: label_smoothing (is a probability|must be a number), got ",
             NO_PROBABILITIES,
         ),

@@ -14,6 +14,21 @@ from npformer.testing.__main__ import main as kit
 from torchformer.parallel import main as parallel
 
 NINES = "9" * 20
+
+
+def test_a_config_file_of_names_within_names_is_refused_at_once(tmp_path, capsys):
+    """x.x.x.x of 100 KB: 3 GB and 10 s in the parser, which keeps every beginning of it."""
+    file = tmp_path / "c.toml"
+    for text, why in (
+        ("x." * 50_000 + "x = 1", "larger than 0.0625 MiB"),
+        ("x." * 1000 + "x = 1", "a line is longer than 1000 bytes"),
+        ("#" * 999 + "\n[recipe]\nx." + "x." * 480 + "x = 1", "unknown key 'x'"),
+    ):
+        file.write_text(text)
+        assert cli.main(["train", "sort", "--config", str(file)]) == 2
+        assert why in capsys.readouterr().err
+
+
 REFUSED = {
     "npformer": (
         cli.main,

@@ -466,6 +466,18 @@ def test_a_file_cut_anywhere_is_refused(data):
         refused(npformer.Transformer.load, Path(folder), REASON)
 
 
+def test_no_flipped_bit_is_silent_not_even_in_the_name_of_the_checksum(tmp_path):
+    path = tmp_path / MODEL
+    checkpoint.save_tensors(path, {"x": np.ones(3, np.float32)}, {"config": "{}"})
+    good = path.read_bytes()
+    for i in range(8 * len(good)):
+        damaged = bytearray(good)
+        damaged[i // 8] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            print(i, checkpoint.load_tensors(path))
+
+
 @settings(max_examples=30)
 @given(st.data())
 def test_a_header_with_any_other_byte_is_refused_or_harmless(data):

@@ -151,7 +151,9 @@ def test_an_end_that_is_the_start_or_the_pad_ends(how, library):
 
 @LIBRARIES
 @WAYS
-@pytest.mark.parametrize(("value", "said"), [(np.nan, "NaN"), (np.inf, "infinite")])
+@pytest.mark.parametrize(
+    ("value", "said"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")]
+)
 def test_logits_that_are_no_numbers_are_an_error_that_says_where(how, library, value, said):
     """[] by greedy, pads by NumPy's sample, another error by torch's: now one error."""
 
@@ -159,7 +161,8 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(how, library, v
         def step(self, tgt, cache):
             logits, after = super().step(tgt, cache)
             if cache.length == 2:
-                logits[[s == 3 for s in cache.samples], 0, 4] = value
+                rows = [s == 3 for s in cache.samples]
+                logits[rows, 0, 4 if value != -np.inf else slice(None)] = value
             return logits, after
 
     model = Poisoned([4 * [EOS], [5, 6, 7, 8], 4 * [EOS], [5, 6, 7, 8]], library)

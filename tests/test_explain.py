@@ -147,6 +147,34 @@ def weights_by_torch(mask, dtype=torch.float64, scores=None):
     return out[0]
 
 
+@pytest.mark.parametrize("of", [iter, tuple, np.array, lambda names: (name for name in names)])
+def test_names_of_tokens_may_be_any_iterable(of):
+    ids, names = np.array([[1, 2, 0]]), ["a", "b", "c"]
+    expected = npformer.explain_mask(ids=ids, causal=True, tokens=names, query_tokens=names)
+    assert npformer.explain_mask(ids=ids, causal=True, tokens=of(names)) == expected
+    assert (
+        npformer.explain_mask(ids=ids, causal=True, tokens=names, query_tokens=of(names))
+        == expected
+    )
+    assert "a  . c" in npformer.explain_mask(causal=True, tokens=of(names[:2]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": ["a"]}, "^tokens must be 3 names, one for each position, got 1$"),
+        ({"query_tokens": "abcd"}, "^query_tokens must be 3 names, one for each position, got 4$"),
+        ({"causal": "no"}, "^causal must be true or false, got 'no'$"),
+        ({"window": 1.5}, "^window_mask: width must be an integer, got 1.5$"),
+        ({"causal": True, "offset": 1.5}, "^causal_mask: offset must be an integer, got 1.5$"),
+        ({"pad_id": "0"}, "^padding_mask: pad_id must be an integer, got '0'$"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        npformer.explain_mask(ids=np.array([[1, 2, 0]]), **options)
+
+
 def test_numbers_that_are_added_hide_nothing():
     """0s alone, 1s alone, and both: what is said of a mask that is added to the scores."""
     scores = torch.tensor(np.random.default_rng(0).standard_normal((4, 4)))
@@ -166,7 +194,7 @@ def test_numbers_that_are_added_hide_nothing():
     assert abs(weights[1, 0] / weights[1, 3] - 2.718) < 1e-3
 
 
-FILLS = [-100.0, -104.0, -1e3, -1e4, -65504.0, -1e9, -1e30, float(np.finfo(np.float32).min)]
+FILLS = [-100.0, -104.0, -300.0, -1e3, -1e4, -65504.0, -1e9, -1e30, float(np.finfo(np.float32).min)]
 
 
 @pytest.mark.parametrize("fill", FILLS)
@@ -177,12 +205,14 @@ def test_a_finite_fill_does_what_is_said_of_it(fill):
 
     left = torch.tensor([0, fill], dtype=torch.float64).softmax(dim=-1)
     ratio = float(left[1] / left[0])
-    said = re.search(r"leaves exp\(.*\) = (\S+), in half precision nothing,", looks)
+    said = re.search(r"leaves exp\(.*\) = (\S+), in (.*) precision nothing,", looks)
     if said:
         assert abs(float(said[1]) / ratio - 1) < 0.02  # two digits of it
+        assert said[2] == ("half" if fill == -100 else "single and half")
     else:
         assert "leaves nothing, in any precision," in looks
         assert ratio == 0
+    assert (torch.tensor([0, fill]).softmax(dim=-1)[1] == 0) == (fill != -100)
     for half in (torch.bfloat16, torch.float16):
         assert torch.tensor([0, fill]).to(half).softmax(dim=-1)[1] == 0
 

@@ -320,6 +320,39 @@ def test_one_end_or_several(ends):
     assert not {token for answer in answers for token in answer} & {*np.atleast_1d(ends)}
 
 
+@pytest.mark.parametrize(
+    "never", [np.array([5, 6]), torch.tensor([5, 6]), {5, 6}, (5, 6), range(5, 7), iter([5, 6])]
+)
+def test_never_is_any_collection_of_ids(never):
+    """Of an array Python asked whether it is true."""
+    twin = to_torch(make_model(replace(CONFIG, n_encoder_layers=0), 0)).eval()
+    prompt = torch.tensor([[1, 3]])
+    expected = fast.continued(twin, prompt, 3, never=[5, 6])
+    assert torch.equal(fast.continued(twin, prompt, 3, never=never), expected)
+
+
+def test_a_decoder_that_is_kept_refuses_ids_that_there_are_not():
+    """-1 forbade the last token, and as an end it ended nothing."""
+    twin = to_torch(make_model(replace(CONFIG, n_encoder_layers=0), 0)).eval()
+    for never in ([-1], [9], [1.0]):
+        with pytest.raises(ValueError, match=r"^never must be "):
+            fast.FastDecoder(twin, 1, 5, never=never)
+    with pytest.raises(ValueError, match=r"^none of the 9 tokens may be chosen"):
+        fast.FastDecoder(twin, 1, 5, never=range(9))
+    decoder = fast.FastDecoder(twin, 1, 5, never=(i for i in (0, 1)))
+    decoder.prefill(torch.tensor([[1, 3]]))
+    for message, options in (
+        ("^ends must be ", {"ends": [-1]}),
+        ("^ends must be ", {"ends": [9]}),
+        ("^n_tokens must be at least 0, got -1$", {"n_tokens": -1}),
+        ("^look_every must be at least 1, got 0$", {"ends": [2], "look_every": 0}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.decode(**{"n_tokens": 2} | options)
+    ended = decoder.decode(2, ends=np.arange(9), look_every=1)  # whatever was first is an end
+    assert (ended == 0).all()
+
+
 def test_refuses():
     twin = to_torch(make_model(CONFIG, 0)).eval()
     with pytest.raises(ValueError, match="max_len must be 1 to 5, got 6"):

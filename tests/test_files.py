@@ -110,8 +110,15 @@ def _(write, path, folder):
 def _(write, path, folder):
     path.write_text("old")
     path.chmod(0o400)
+    opened = os.open
+
+    def forbidding(name, flags, *rest):  # root may write everything
+        if str(name) == str(path) and flags & os.O_WRONLY:
+            raise PermissionError(errno.EACCES, "Permission denied", name)
+        return opened(name, flags, *rest)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "access", lambda path, mode: False)  # root may write everything
+        patch.setattr(os, "open", forbidding)
         refused(write, path, "Permission denied")
     assert path.read_text() == "old"
 
@@ -428,6 +435,25 @@ def _(kind, command, material, folder):
         ]
 
 
+@row("a link under the name `recent` or `shards`")
+def _(kind, command, material, folder):
+    if kind in ("train", "demo"):
+        found = shutil.copytree(material[0][kind], folder / "it")
+        shutil.rmtree(found / "recent", ignore_errors=True)
+        for name in ("recent", "shards"):
+            theirs = folder / "other" / name
+            theirs.mkdir(parents=True)
+            (theirs / "00000001.safetensors").write_text("another run's")
+            (found / name).symlink_to(theirs)
+            for line in ([], ["--overwrite"]):
+                code, err = command(kind, found, *line)
+                assert (code, f"{name}: this is a link" in err) == (2, True)
+            with pytest.raises(checkpoint.CheckpointError, match="this is a link"):
+                runs.locked(found).__enter__()  # as a resumed run does
+            assert (theirs / "00000001.safetensors").read_text() == "another run's"
+            (found / name).unlink()
+
+
 @row("a training that is at work")
 def _(kind, command, material, folder):
     if kind in ("train", "demo", "export"):
@@ -541,11 +567,11 @@ def _(folder, name, capsys):
     assert f"{folder / name}: Too many levels of" in read(folder, name, capsys)
 
 
-@row("a text larger than 16 MiB")
+@row("a text larger than 16 MiB, a `--config` larger than 64 KiB")
 def _(folder, name, capsys):
     if not name.endswith((".safetensors", ".npy")):
         os.truncate(folder / name, storage.LARGEST + 1)
-        assert re.search(rf"{name}: larger than \d+ MiB", read(folder, name, capsys))
+        assert re.search(rf"{name}: larger than [\d.]+ MiB", read(folder, name, capsys))
 
 
 @row("weights or a state with a flipped bit")

@@ -78,6 +78,14 @@ def test_a_causal_mask_of_a_warm_cache_is_the_end_of_the_whole_one():
     np.testing.assert_array_equal(masks.causal_mask(2, offset=4), whole[4:])
 
 
+def test_without_a_pad_id_nothing_is_a_pad():
+    ids = np.array([[1, 0]])
+    np.testing.assert_array_equal(masks.padding_mask(ids, None), [[[[True, True]]]])
+    np.testing.assert_array_equal(
+        twin_masks.padding_mask(torch.tensor(ids), None), [[[[True, True]]]]
+    )
+
+
 @pytest.mark.parametrize("of", [masks, twin_masks])
 def test_refuses(of):
     ids = np.ones(3, np.int64) if of is masks else torch.ones(3, dtype=torch.long)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections import namedtuple
+from collections import deque, namedtuple
 
 import numpy as np
 import pytest
@@ -243,11 +243,13 @@ def test_a_view_reads_the_weights_wherever_an_optimizer_has_put_them():
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ({Parameter(np.ones(1))}, "^part: a set has no order to name its parts by; use a list or"),
+        ({Parameter(np.ones(1))}, "^part: parts in a set have no names; use a list or a dict$"),
+        (deque([Parameter(np.ones(1))]), "^part: parts in a deque have no names; use a list"),
+        ({"a": Parameter(np.ones(1))}.values(), "^part: parts in a dict_values have no names;"),
         ({"a.b": Parameter(np.ones(1))}, "^part: the key 'a.b' must be a string without a dot$"),
         ({0: Parameter(np.ones(1))}, "^part: the key 0 must be a string without a dot$"),
     ],
-    ids=["set", "dot", "integer"],
+    ids=["set", "deque", "values", "dot", "integer"],
 )
 def test_parts_that_could_not_be_named_are_refused(held, message):
     tree = Tree()
@@ -324,11 +326,22 @@ def test_the_twin_loads_all_or_nothing():
         (other | {last: torch.ones(2)}, rf"{last} is \(2,\), the model's is \(9,\)$"),
         (other | {last: other[last].to(torch.complex64)}, f"{last} is torch.complex64, the model"),
         (other | {last: [1.0] * 9}, f"{last} is a list, not a tensor$"),
+        (other | {last: other[last].to("meta")}, f"{last}: Cannot copy out of meta tensor"),
+        (other | {last: other[last].to_sparse()}, f"{last}: "),
     ):
-        with pytest.raises(ValueError, match=f"^the weights do not fit this model: .*{message}"):
-            model.load_state_dict(state)
-        for name, x in model.state_dict().items():
-            assert torch.equal(x, before[name]), name
+        for options in ({}, {"assign": True}, {"strict": False}):
+            if options == {"strict": False} and message.startswith(("lacks", "has unknown")):
+                continue
+            with pytest.raises(
+                ValueError, match=f"^the weights do not fit this model: .*{message}"
+            ):
+                model.load_state_dict(state, **options)
+            for name, x in model.state_dict().items():
+                assert torch.equal(x, before[name]), name
+    for kind in (torch.int64, torch.bool):  # assigned, they would be no parameter
+        with pytest.raises(ValueError, match=f"{last} is {kind}, the model's is torch.float32$"):
+            model.load_state_dict(other | {last: other[last].to(kind)}, assign=True)
+        assert torch.equal(model.state_dict()[last], before[last])
     assert model.load_state_dict(lacking, strict=False).missing_keys == [last]
     assert torch.equal(model.state_dict()[next(iter(before))], other[next(iter(before))])
     model.load_state_dict({name: x.double() for name, x in before.items()})

@@ -1,6 +1,8 @@
 """The optimizers against torch.optim, and what packing, clipping and resuming promise."""
 
+import copy
 import math
+import pickle
 from unittest import mock
 
 import numpy as np
@@ -521,6 +523,57 @@ def test_zero_grad_of_the_optimizer_is_the_models():
         p.grad += 1
     optimizer.zero_grad()
     assert not any(p.grad.any() for p in parameters)
+
+
+def falling(step):
+    """A schedule that can be pickled."""
+    return 0.1 / step
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("Optimizer", [SGD, Adam, AdamW])
+@pytest.mark.parametrize("when", [0, 2])
+def test_a_copy_of_an_optimizer_moves_its_own_parameters(again, Optimizer, when):
+    """It moved a buffer of which they were no views any more: they stayed as they were."""
+    finals = []
+    for n_copies in (0, 1):
+        parameters = [Parameter(np.array([3.0, -2.0])), Parameter(np.ones((2, 2)))]
+        optimizer = Optimizer(parameters, falling)
+        for step in range(5):
+            if n_copies and step == when:
+                first = [p.data.copy() for p in parameters]
+                parameters, optimizer = again((parameters, optimizer))
+            optimizer.zero_grad()
+            for p in parameters:
+                p.grad += 2 * p.data
+            optimizer.step()
+        finals.append([p.data for p in parameters])
+    for a, b, start in zip(*finals, first, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != start).all()
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize("name", ["data", "grad"])
+@pytest.mark.parametrize("kind", [np.matrix, np.ma.array])
+def test_subclasses_of_arrays_come_in_as_arrays(name, kind):
+    """A matrix never loses its second axis: packed, it was of another shape."""
+    p, q = Parameter(kind(np.ones((2, 3)))), Parameter(np.ones(3))
+    assert type(p.data) is np.ndarray
+    setattr(p, name, kind(np.full((2, 3), 2.0)))
+    assert type(getattr(p, name)) is np.ndarray
+    SGD([p, q], 0.5).step()
+    np.testing.assert_array_equal(p.data, 2 if name == "data" else 0)
+
+
+@pytest.mark.parametrize("given", [[np.ones(2)], [("name", Parameter(np.ones(2)))], [None]])
+def test_an_optimizer_says_what_it_takes(given):
+    with pytest.raises(
+        TypeError, match=r"^an optimizer takes Parameters, model\.parameters\(\), got "
+    ):
+        Adam(given)
+    with pytest.raises(TypeError, match=r"got torch\.nn\.parameter\.Parameter$"):
+        Adam([*torch.nn.Linear(2, 2).parameters()])  # type: ignore
 
 
 def test_what_no_optimizer_can_pack_is_refused():

@@ -14,7 +14,7 @@ import npformer
 from npformer import checkpoint, cli, plot, tasks, training
 from npformer.page import MOST_COLUMNS, MOST_ROWS, policy, write_page
 from npformer.testing.models import make_model
-from npformer.tracing import Entry, Trace
+from npformer.tracing import Entry, Trace, Watcher
 
 CONFIG = npformer.TransformerConfig(
     9, 9, d_model=8, n_heads=2, d_ff=12, n_encoder_layers=1, n_decoder_layers=2, max_len=80
@@ -108,7 +108,7 @@ def test_axes_have_their_names_where_every_size_is_the_same(tmp_path, parts):
 MEANT = """
 encoder.layers.0.self_attn.scores                     source  source
 encoder.layers.0.self_attn.kh                         source  -
-encoder.layers.0.norm1.dmean                          -       source
+encoder.layers.0.norm1.mean_dxhat                          -       source
 decoder.layers.0.self_attn.dscores                    target  target
 decoder.layers.0.self_attn.k_proj.x_rows              target  -
 decoder.layers.0.cross_attn.weights                   target  source
@@ -170,6 +170,40 @@ def test_a_step_is_called_what_it_has_read_and_what_it_says_on_every_picture(tmp
     ]
     decoder = [text for text in texts_of(tmp_path / "heads.svg") if " → " in text]
     assert decoder == steps * 8  # two layers, two attentions, two heads
+
+
+class Nudger(Watcher):
+    """Adds to one tensor as soon as it is made."""
+
+    def noted(self, name, value):
+        if name == self.nudged:
+            value += self.by
+
+
+@pytest.mark.parametrize("parts", PARTS[1::3], ids=lambda parts: "+".join(parts) or "post-norm")
+def test_what_is_called_its_gradient_is(tmp_path, parts):
+    """By a difference quotient: the loss where a tensor is moved, on its way, up and down."""
+    src = [] if "n_encoder_layers" in parts else SRC
+    sizes = NO_TWO_EQUAL | {"n_encoder_layers": 2, "d_model": 8}
+    config = npformer.TransformerConfig(9, 9, **(sizes | parts))
+    seen, _ = written(tmp_path / "page.html", src, config=config)
+    gradients = data_of(tmp_path / "page.html")["gradients"]
+    assert {"decoder.x", "decoder.x#2", "decoder.layers.0.self_attn.weights"} <= {*gradients}
+    assert len(set(gradients.values())) == len(gradients)
+    model, rng = make_model(config, 0), np.random.default_rng(0)
+    for name, gradient in gradients.items():
+        if "layers.0" in name:  # as in layers.1
+            continue
+        way = rng.standard_normal(seen[name].shape)
+        losses = []
+        for sign in (1e-5, -1e-5):
+            nudger = Nudger(model)
+            nudger.nudged, nudger.by = name, sign * way
+            with nudger:
+                logits, _ = model(np.array([src]) if src else None, np.array([TGT]))
+            losses.append(npformer.cross_entropy(logits, np.array([[*TGT[1:], 2]]), 0)[0])
+        moved = (losses[0] - losses[1]) / 2e-5
+        assert moved == pytest.approx((seen[gradient].value * way).sum(), rel=1e-4, abs=1e-7), name
 
 
 def test_a_trace_of_another_program_has_no_labels(tmp_path):

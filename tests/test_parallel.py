@@ -75,6 +75,17 @@ def test_a_view_has_the_weights_but_not_the_gradients():
         assert not np.shares_memory(q.grad, p.grad)
 
 
+def test_a_parameter_that_was_replaced_since_is_seen():
+    """The other threads went on with the old one: another loss, and its gradient to the new one."""
+    model = npformer.Transformer(SMALL, np.random.default_rng(0))
+    threads = BatchThreads(model, 2, np.random.default_rng(0))
+    ids = np.ones((2, 3), int)
+    assert threads.run(lambda *_: 1.0, ids, ids) == 2
+    model.head.bias = npformer.Parameter(np.zeros(9, np.float32))
+    with pytest.raises(ValueError, match="other Parameters than when these threads were made"):
+        threads.run(lambda *_: 1.0, ids, ids)
+
+
 def test_an_error_in_a_thread_is_raised_and_blas_gets_its_threads_back():
     model = npformer.Transformer(SMALL, np.random.default_rng(0))
     workers = BatchThreads(model, 2, np.random.default_rng(0))

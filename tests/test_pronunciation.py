@@ -403,6 +403,7 @@ MEANT = {
     "mr.": "Mr. “Mr.” Mr., (mr.) 'mr.'",
     "u.s.": "U.S. U.S., (U.S.)",
     "coca-cola": "Coca-Cola Coca‑Cola™",
+    "world": "「world」 『World』 《world》 〈world〉 ‚world‘ ｢ｗｏｒｌｄ｣ world。 world，",
     "google": "Google™ Google™\ufe0f",
     "cafe": "café cafe\u0301 CAFÉ",
     "office": "oﬃce ＯＦＦＩＣＥ",
@@ -435,10 +436,48 @@ def test_a_way_to_say_a_word_can_be_named():
         pronounce("tomato(3)")
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *(
+            "“tomato(2)”",
+            "Tomato(2)!",
+            "'tomato(2)'",
+            "(tomato(2))",
+            "«TOMATO(2)»,",
+            " tomato(2). ",
+        ),
+        *("tomato(2)…", "tōmato(2)?"),
+    ],
+)
+def test_a_way_that_is_named_may_have_punctuation_around_it(typed):
+    (answer,) = pronounce(typed, nbest=5)
+    assert (str(answer), answer.others, answer.word) == ("T AH M AA T OW", (), typed)
+    with pytest.raises(ValueError, match="the ways to say tomato are 2") as error:
+        pronounce(typed.replace("2", "3"))
+    assert str(error.value).startswith(repr(typed.replace("2", "3").strip()))
+
+
+def test_of_a_word_in_the_dictionary_it_is_not_said_that_it_is_not_there(capsys, tmp_path):
+    for arguments in (["--model"], ["--plot", str(tmp_path / "a.png")]):
+        for word in ("x-ray", "mr.-and-4", "coca-cola"):
+            code, _, err = said(capsys, word, *arguments)
+            assert code == 2
+            assert f"'{word}' has " in err
+            expected = (
+                "a word that is not in the dictionary" if word == "mr.-and-4" else "the model"
+            )
+            assert f"{expected} {'is' if '4' in word else 'reads'} letters a-z" in err
+
+
 def test_wrong_options_are_refused_in_one_line(capsys, tmp_path):
     for arguments, message in {
         ("hello", "--weights", str(tmp_path / "nowhere")): "no such checkpoint folder",
         ("hello", "world", "--plot", str(tmp_path / "a.png")): "--plot draws one word, got 2",
+        ("hello", "--plot", str(tmp_path / "a.png"), "--json"): "no --json",
+        ("hello", "--plot", str(tmp_path / "a.png"), "--ipa"): "no --ipa",
+        ("hello", "--plot", str(tmp_path / "a.png"), "--stress"): "no --stress",
+        ("hello", "--plot", str(tmp_path / "a.png"), "--nbest", "2"): "no --nbest",
     }.items():
         code, out, err = said(capsys, *arguments)
         assert (code, out) == (2, "")
@@ -585,7 +624,7 @@ def test_a_word_is_aligned_with_its_sounds(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     code, out, _ = said(capsys, "thought", "--plot", str(file))
     assert code == 0
-    assert "TH AO T" in out
+    assert out == f"thought  TH AO T  as the model says it -> {file}\n"
     assert file.read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -112,7 +113,44 @@ def test_killed_at_some_moments_a_run_ends_as_one_that_never_stopped():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("at", [7, 12])
+def test_a_run_of_the_first_version_goes_on(tmp_path, at):
+    """It wrote down neither the task, nor which weights it would average, nor its patience."""
+    recipe = {"average": 2, "steps": 12}
+    go(tmp_path / "whole", recipe=recipe)
+    go(tmp_path / "parts", recipe=recipe, report=StopAt(at))
+    path = tmp_path / "parts" / training.RESUME
+    tensors, metadata = checkpoint.load_tensors(path)
+    del metadata["task"]
+    progress = json.loads(metadata["progress"])
+    assert progress["recent"]
+    kept = {k: v for k, v in progress.items() if k not in ("recent", "since_best")}
+    checkpoint.save_tensors(path, tensors, metadata | {"progress": json.dumps(kept)})
+    assert go(tmp_path / "parts", recipe=recipe, resume=True).ended == "done"
+    whole, parts = (kills.contents(tmp_path / x) for x in ("whole", "parts"))
+    for name in ("model.safetensors", "history.json"):
+        assert parts[name] == whole[name]
+
+
 # --- What the command line asked for -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["my run's", "-runs"])
+def test_the_command_that_is_printed_can_be_typed(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    run = training.run
+    monkeypatch.setattr(
+        training, "run", lambda *a, **k: run(*a, **k | {"report": StopAt(3)}, test_examples=4)
+    )
+    line = ["train", "sort", "--config", "small.toml", "--steps", "6", f"--out={name}"]
+    command(tmp_path, *line, code=130)
+    printed = shlex.split(capsys.readouterr().out.partition("Go on with: npformer ")[2])
+    monkeypatch.setattr(training, "run", run)
+    command(tmp_path, *printed)
+    assert json.loads((tmp_path / name / "run.json").read_text())["results"]["ended"] == "done"
+    again = [*line, "--steps", "7"]
+    command(tmp_path, *again, code=2)
+    assert " ".join(map(shlex.quote, printed[1:2])) in capsys.readouterr().err
 
 
 def test_a_resumed_run_knows_its_time_and_its_patience(tmp_path, monkeypatch, capsys):
@@ -167,16 +205,22 @@ def test_training_goes_on_where_nobody_listens_any_more(tmp_path, lines):
     assert run["results"]["ended"] == "done"
 
 
-def test_a_sigterm_saves_as_ctrl_c_does(tmp_path):
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], [signal.SIGHUP], [signal.SIGHUP, signal.SIGHUP]],
+    ids=["SIGTERM", "SIGHUP", "SIGHUP by the shell and by the kernel"],
+)
+def test_other_signals_save_as_ctrl_c_does(tmp_path, signals):
     class Terminate(training.Silent):
         def step(self, entry):
             if entry["step"] == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
+                for each in signals:
+                    os.kill(os.getpid(), each)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signals[0])
     go(tmp_path / "whole")
     assert go(tmp_path / "parts", report=Terminate()).ended == "interrupted"
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(signals[0]) is before
     go(tmp_path / "parts", resume=True)
     assert kills.contents(tmp_path / "parts") == kills.contents(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """Files: whole under any number of writers, never through a planted link, nothing left behind."""
 
+import errno
 import json
 import os
 import signal
@@ -34,6 +35,49 @@ def same(model, other):
 
 
 # --- Many writers -----------------------------------------------------------------------------
+
+
+def test_a_full_disk_has_room_for_a_lock_and_nothing_is_left(tmp_path, monkeypatch):
+    """Else the lock that could not be signed would stay, and keep its own process out."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for _ in range(2):
+        with storage.lock(tmp_path / "a" / "b"):
+            pass
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_goes_while_we_ask_about_it_is_made_anew(tmp_path, monkeypatch):
+    """Another writer may remove it, and that is no lack of permission."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"old")
+
+    def after_it_went(function):
+        def call(name, *rest):
+            if str(name) == str(path):
+                path.unlink(missing_ok=True)
+            return function(name, *rest)
+
+        return call
+
+    for name in ("access", "open"):
+        monkeypatch.setattr(os, name, after_it_went(getattr(os, name)))
+    storage.write(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"new"
+
+
+def test_a_write_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.write(tmp_path / "a" / "b" / "page.html", b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_eight_threads_save_one_folder_and_readers_see_one_of_the_models_whole(tmp_path):

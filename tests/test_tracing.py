@@ -143,7 +143,7 @@ def test_every_tensor_has_its_equation(config):
         "self_attn.q": "y = x Wᵀ + b",
         "q_proj.dx": "dx = dy W, dW = dyᵀ x, db = Σ dy",
         "norm1.rstd": "xhat = (x - mean) / √(var + eps)",
-        "norm1.dmean": "dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))",
+        "norm1.mean_dxhat": "dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat))",
         "loss.losses": "loss = mean of -Σᵥ t_v log p_v",
         "loss.dlogits": "dlogits = (p - t) / n",
         "tgt_embedding.dweight": "dweight[v] = Σ of the rows of dy where the id is v",
@@ -168,7 +168,7 @@ def test_entries_come_in_the_order_in_which_the_lines_ran():
     assert locals_[:8] == [
         *("x_rows", "mean", "centred", "variance", "rstd", "xhat", "layer_norm.y", "y")
     ]
-    backward = ("dy_rows", "dy_xhat", "dmean", "dvariance", "layer_norm.dx", "dx")
+    backward = ("dy_rows", "dy_xhat", "mean_dxhat", "mean_dxhat_xhat", "layer_norm.dx", "dx")
     assert locals_[8:14] == [*backward]
     loss = [name.removeprefix("loss.") for name in names if name.startswith("loss.")]
     made = ("ids", "counted", "labels", "rows", "logits_rows", "shifted", "e", "total", "p")
@@ -510,6 +510,27 @@ def test_zoo_the_first_difference_is_where_the_bug_is(name, first):
         assert found.phase == "backward"
 
 
+@pytest.mark.parametrize("run", [traced, lambda: torch_traced()], ids=["numpy", "torch"])
+def test_who_takes_the_hook_back_at_every_call_does_not_end_the_trace(run):
+    """As coverage does, in C."""
+    told, before, alone = [], sys.gettrace(), [entry.name for entry in run()]
+
+    def coverage(frame, event, _):
+        told.append((event, frame.f_code.co_name))
+        if event == "call":
+            sys.settrace(coverage)
+        return coverage
+
+    try:
+        sys.settrace(coverage)
+        names = [entry.name for entry in run()]
+        assert sys.gettrace() is coverage
+    finally:
+        sys.settrace(before)
+    assert names == alone
+    assert {("call", "encode"), ("line", "encode"), ("return", "encode")} <= {*told}
+
+
 @pytest.fixture
 def run_folder(tmp_path):
     task, folder = tasks.load("sort"), tmp_path / "run"
@@ -538,6 +559,12 @@ def test_the_commands(run_folder, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "first difference, in forward: encoder.layers.1.self_attn.scores" in said
     assert "(0, 0, 1, 1)" in said
+    assert "inherited" not in said  # nothing else was changed
+    for name in ("loss.losses", "loss.loss"):
+        seen[name].value[...] += 1
+    seen.save(tmp_path / "third")
+    assert cli.main(["diff", str(tmp_path / "third"), out]) == 1
+    assert "inherited by 2 after it: loss.losses, loss.loss\n" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     png = tmp_path / "attention.png"
     assert cli.main(["attention", str(run_folder), "312", "--out", str(png)]) == 0

@@ -1,6 +1,7 @@
 """The whole model: against its twin, against a difference quotient, and by what must be true."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,9 @@ from npformer.testing.models import (
 )
 from npformer.testing.replay import Replay, recorded_masks
 from npformer.testing.strategies import seeds
+from torchformer import fast, training
 from torchformer.convert import to_torch
+from torchformer.masks import CAUSAL, causal_mask
 
 SMOOTH = st.sampled_from(["gelu", "gelu_tanh"])
 
@@ -536,10 +539,102 @@ def test_refuses_ids_that_are_none(ids, error, message):
         model(ids, TGT[:1])
 
 
-def test_the_twin_refuses_unknown_ids_on_the_cpu():
-    model = torchformer.Transformer(CONFIG, np.random.default_rng(0))
-    with pytest.raises(IndexError, match="out of range"):
-        model(torch.tensor([[1, 11]]), torch.tensor([[1]]))
+@pytest.mark.parametrize("bad", [9, -1, 10**6])
+@pytest.mark.parametrize("kind", [np.int64, np.int32])
+def test_both_twins_name_an_id_that_there_is_not(bad, kind):
+    """Of torch's own the CPU says 'index out of range in self', and not which."""
+    model = npformer.Transformer(CONFIG, np.random.default_rng(0))
+    twin = torchformer.Transformer(CONFIG, np.random.default_rng(0))
+    src, tgt = SRC.astype(kind), TGT.astype(kind)
+    source = src.copy()
+    source[1, 2] = tgt[0, 1] = 11 if bad == 9 else bad  # the source's vocabulary is another
+    good = np.ones_like(tgt)
+    tgt[0, 1] = bad
+    logits = np.zeros((2, 4, 9), np.float32)
+    calls = {
+        f"^embedding: id {source[1, 2]} is not in the vocabulary of 11": [
+            (lambda: model(source, good), lambda: twin(*tensors(source, good))),
+            (lambda: model.encode(source), lambda: twin.encode(*tensors(source))),
+            (lambda: model.infer(source, good), lambda: twin.infer(*tensors(source, good))),
+            (
+                lambda: npformer.greedy(model, source, max_len=3),
+                lambda: torchformer.greedy(twin, *tensors(source), max_len=3),
+            ),
+            (None, lambda: fast.greedy(twin, *tensors(source), max_len=3)),
+        ],
+        rf"^embedding: id {bad} is not in the vocabulary of 9 \(ids 0\.\.8\)$": [
+            (lambda: model(src, tgt), lambda: twin(*tensors(src, tgt))),
+            (
+                lambda: model.step(tgt, model.start(src)),
+                lambda: twin.step(*tensors(tgt), twin.start(*tensors(src))),
+            ),
+            (None, lambda: fast.continued(twin, *tensors(tgt), 2, src=torch.tensor(src))),
+        ],
+        rf"^cross_entropy: id {bad} is not in the vocabulary of 9 \(ids 0\.\.8\)$": [
+            (
+                lambda: npformer.cross_entropy(logits, tgt, ignore_index=0),
+                lambda: training.cross_entropy(torch.tensor(logits), torch.tensor(tgt).long()),
+            ),
+        ],
+    }
+    for message, pairs in calls.items():
+        for call in (call for pair in pairs for call in pair if call):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+def tensors(*ids):
+    return [torch.tensor(x) for x in ids]
+
+
+def test_a_model_that_is_compiled_whole_still_is():
+    """What names an id is a `try`, which dynamo has to follow."""
+    twin = torchformer.Transformer(CONFIG, np.random.default_rng(0)).eval()
+    compiled: Any = torch.compile(twin, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(*tensors(SRC, TGT)), twin(*tensors(SRC, TGT)))
+
+
+NO_MEMORIES = {
+    "another batch": np.ones((1, 5, 8)),
+    "no batch": np.ones((5, 8)),
+    "another width": np.ones((2, 5, 4)),
+    "no positions": np.ones((2, 0, 8)),
+    "a list": [[1.0]],
+}
+
+
+@pytest.mark.parametrize("what", NO_MEMORIES)
+def test_what_is_no_memory_is_refused_by_both(what):
+    memory = NO_MEMORIES[what]
+    model = npformer.Transformer(CONFIG, np.random.default_rng(0), np.float64)
+    twin = torchformer.Transformer(CONFIG, np.random.default_rng(0), torch.float64)
+    message = r"^Transformer: memory must be \(B, S, C\) with B = 2.* and C = 8, got shape \("
+    with pytest.raises(ValueError, match=message):
+        model.decode(TGT, memory)  # type: ignore
+    theirs = torch.tensor(memory) if isinstance(memory, np.ndarray) else memory
+    with pytest.raises(ValueError, match=message):
+        twin.decode(torch.tensor(TGT), theirs)
+
+
+def test_causal_in_the_twin_is_the_mask_it_stands_for_or_refused():
+    """In a step it hid the positions before the step: a kernel counts both from 0."""
+    twin = torchformer.Transformer(CONFIG, np.random.default_rng(0)).eval()
+    src, tgt = tensors(SRC, TGT)
+    given = causal_mask(5)
+    assert torch.equal(twin.infer(src, tgt, CAUSAL), twin.infer(src, tgt, given))
+    assert torch.equal(twin.infer(src, tgt, None, CAUSAL), twin.infer(src, tgt))
+    _, cache = twin.step(tgt[:, :2], twin.start(src))
+    x = torch.ones(2, 1, 8)
+    for call in (
+        lambda: twin.step(tgt[:, 2:3], cache, CAUSAL),
+        lambda: twin.decoder.step(x, cache.layers, CAUSAL),
+        lambda: twin.decoder.layers[0].cross_attn(
+            x, torch.ones(2, 5, 8), torch.ones(2, 5, 8), CAUSAL
+        ),
+    ):
+        with pytest.raises(ValueError, match="mask is CAUSAL, for as many keys as queries, got 1"):
+            call()
 
 
 # --- Shortcuts of the torch twin ----------------------------------------------------------------

@@ -164,7 +164,6 @@ CALLS = {("torch", "load"), ("torch", "save"), ("np", "load"), ("np", "save"), (
 CALLS |= {("torch", "hub"), ("numpy", "load"), ("shutil", "rmtree"), ("os", "system")}
 ALLOWED = {
     "npformer/lessons.py": {"eval", "exec", "compile"},  # of the lessons that we ship
-    "npformer/testing/plugin.py": {"pickle"},  # from one process of a pytest session to another
     "torchformer/training.py": {"compile"},  # torch's, of a layer
 }
 

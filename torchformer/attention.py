@@ -87,10 +87,14 @@ def check_heads_mask(
 
     Any other might broadcast by coincidence, as (B, S, S) does where B == H.
     """
-    if mask is None or mask is CAUSAL:
-        return
-    ops.check_boolean(module, mask, name)
     B, H, T, S = scores
+    if mask is None or (mask is CAUSAL and T == S):
+        return
+    if mask is CAUSAL:  # of a step it would hide the positions before it
+        raise ValueError(
+            f"{module}: {name} is CAUSAL, for as many keys as queries, got {T} and {S}"
+        )
+    ops.check_boolean(module, mask, name)
     fits = mask.shape == (T, S)
     if mask.ndim == 4:
         b, h, t, s = mask.shape

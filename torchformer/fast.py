@@ -18,7 +18,7 @@ and on CUDA one step is one graph, launched at once.  The tokens are those of de
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ def continued(
     n_tokens: int,
     *,
     src: Tensor | None = None,
-    never: Sequence[int] | None = None,
+    never: Iterable[int] | None = None,
     eos_id: Ids = None,
     look_every: int = 8,
     compiled: bool | None = None,
@@ -86,7 +86,7 @@ def continued(
     V, pad_id = model.config.tgt_vocab_size, model.config.tgt_pad_id
     ends = answers.end_ids(eos_id, V)
     pads = [] if pad_id in ends else [pad_id]  # a pad is not attended to, and here all are
-    never = answers.never_ids([*(never or []), *pads], ends, V)
+    never = answers.never_ids([*([] if never is None else never), *pads], ends, V)
     model._check_ids("prompt", "(B, P)", prompt)
     return _continued(model, prompt, n_tokens, src, never, ends, look_every, compiled)
 
@@ -134,13 +134,14 @@ class FastDecoder:
         room: int,
         *,
         src_len: int = 0,
-        never: Sequence[int] = (),
+        never: Iterable[int] = (),
         compiled: bool | None = None,
         recorded: bool | None = None,
     ):
         if not 1 <= room <= model.config.max_len:
             most = model.config.max_len
             raise ValueError(f"room must be 1 to {most} positions (max_len), got {room}")
+        never = answers.never_ids(never, [], model.config.tgt_vocab_size)
         device = model.tgt_embedding.weight.device
         is_cuda = device.type == "cuda"
         is_compiled = is_cuda if compiled is None else compiled
@@ -204,11 +205,14 @@ class FastDecoder:
         return self.token.clone()
 
     @torch.no_grad()
-    def decode(self, n_tokens: int, ends: Sequence[int] = (), look_every: int = 8) -> Tensor:
+    def decode(self, n_tokens: int, ends: Iterable[int] = (), look_every: int = 8) -> Tensor:
         """The `n_tokens` after the last one: one step each.   ->   tokens (B, n_tokens)
 
         ends   once every sample has chosen one of them, the rest is left as the first of them
         """
+        n_tokens = integer("n_tokens", n_tokens, 0)
+        look_every = integer("look_every", look_every, 1)
+        ends = [answers.token_id("ends", end, len(self.decoder.forbidden)) for end in ends]
         if self.length + n_tokens > self.room:
             raise ValueError(
                 f"{n_tokens} tokens more than {self.length} do not fit into the room of {self.room}"
@@ -233,7 +237,7 @@ class FastDecoder:
         prompt: Tensor,
         n_tokens: int,
         src: Tensor | None = None,
-        ends: Sequence[int] = (),
+        ends: Iterable[int] = (),
         look_every: int = 8,
     ) -> Tensor:
         """prompt (B, P)   ->   tokens (B, n_tokens): prefill and decode.

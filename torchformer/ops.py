@@ -87,6 +87,15 @@ def dropout(x: Tensor, p: float, training: bool, rng=None) -> Tensor:
     return x * torch.as_tensor(keep, device=x.device) * scale
 
 
+def unknown_id(op: str, ids: Tensor, n_rows: int) -> ValueError:
+    """The error for ids out of range, of which the kernels of the CPU say only that there are some.
+
+    On CUDA they end the process's use of the device, and to look at the ids first would be to wait.
+    """
+    bad = ids[(ids < 0) | (ids >= n_rows)].flatten()[0].item()
+    return ValueError(f"{op}: id {bad} is not in the vocabulary of {n_rows} (ids 0..{n_rows - 1})")
+
+
 def check_boolean(op: str, mask: Tensor, name: str = "mask") -> None:
     """A mask is boolean and nothing else; say how to convert what it may be."""
     if not isinstance(mask, Tensor):

@@ -321,7 +321,8 @@ def _train(options: argparse.Namespace, mesh: Any, folder: Path) -> None:
     export(folder, spread_model, config)
     if is_first:
         checkpoint.save_json(folder / runs.RUN, about | {"versions": training.versions()})
-        print(f"Next: npformer predict {folder} ...    npformer check {folder}", flush=True)
+        it = arguments.typed(folder)
+        print(f"Next: npformer predict {it} ...    npformer check {it}", flush=True)
 
 
 def _check_it_is_that_run(folder: Path, about: dict[str, Any]) -> None:

@@ -17,13 +17,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from npformer.checkpoint import check_arrays
 from npformer.config import TransformerConfig
-from npformer.options import integer
+from npformer.options import integer, probability
 from npformer.tasks import EOS, PAD, SOS, Batch, Task, pad
 from torchformer.captured import CapturedStep, options_of
 from torchformer.decoder import DecoderLayer
 from torchformer.decoding import greedy
 from torchformer.encoder import EncoderLayer
 from torchformer.fast import FastDecoder, up_to
+from torchformer.ops import unknown_id
 from torchformer.transformer import Transformer, as_numpy
 
 
@@ -237,14 +238,21 @@ def cross_entropy(
     `n_targets` is what to divide by, where a step has more targets than these: None, their number.
     Compiled, half-precision logits are read as they are: no float32 copy of them is written.
     """
+    label_smoothing = probability("cross_entropy: label_smoothing", label_smoothing)
+    if not (n_targets is None or isinstance(n_targets, Tensor)):
+        n_targets = integer("cross_entropy: n_targets", n_targets, least=1)
     rows = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # (B * T, V)
-    total = F.cross_entropy(
-        rows,
-        targets.flatten(),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+    try:
+        total = F.cross_entropy(
+            rows,
+            targets.flatten(),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="sum",
+        )
+    except IndexError:
+        counted = targets[targets != ignore_index]
+        raise unknown_id("cross_entropy", counted, rows.shape[-1]) from None
     if n_targets is None:
         n_targets = (targets != ignore_index).sum()
     return total / (n_targets.to(total.dtype) if isinstance(n_targets, Tensor) else n_targets)

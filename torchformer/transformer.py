@@ -249,7 +249,10 @@ class Transformer(nn.Module):
         p   of dropout; None: that of the config, in training
         """
         scale = math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0
-        e = embedding(ids)  # (B, T, C)
+        try:
+            e = embedding(ids)  # (B, T, C)
+        except IndexError:
+            raise ops.unknown_id("embedding", ids, embedding.num_embeddings) from None
         x = positions(e * scale, offset)
         p = self.config.embedding_dropout if p is None else p
         return ops.dropout(x, p, self.training, rng)
@@ -277,10 +280,16 @@ class Transformer(nn.Module):
         for name, x in found.items():
             got = f"a {type(x).__name__}, not a tensor"
             if isinstance(x, Tensor):
-                got = f"{x.dtype}, the model's is {own[name].dtype}" if x.is_complex() else ""
+                is_number = x.is_floating_point() if assign else not x.is_complex()
+                got = "" if is_number else f"{x.dtype}, the model's is {own[name].dtype}"
             if got:
                 raise ValueError(f"the weights do not fit this model: {name} is {got}")
         checkpoint.check_state({name: tuple(x.shape) for name, x in own.items()}, found)
+        for name, x in found.items():
+            try:
+                torch.empty_like(own[name]).copy_(x)
+            except RuntimeError as error:  # sparse, quantized, or without numbers
+                raise ValueError(f"the weights do not fit this model: {name}: {error}") from None
         return super().load_state_dict(state_dict, strict, assign)
 
     def save(self, folder: str | Path) -> None:
@@ -340,10 +349,12 @@ class Transformer(nn.Module):
             if memory_mask is not None:
                 raise ValueError("Transformer: memory_mask is given, but there is no memory")
             return
-        if memory.ndim != 3 or len(memory) != len(tgt):
+        B, C = len(tgt), self.config.d_model
+        shape = tuple(getattr(memory, "shape", ()))
+        if len(shape) != 3 or (shape[0], shape[2]) != (B, C) or shape[1] == 0:
             raise ValueError(
-                f"Transformer: memory must be (B, S, C) with B = {len(tgt)}, the samples of tgt, "
-                f"got shape {tuple(memory.shape)}"
+                f"Transformer: memory must be (B, S, C) with B = {B}, the samples of tgt, and "
+                f"C = {C}, got shape {shape}"
             )
         scores = (len(tgt), self.config.n_heads, tgt.shape[1], memory.shape[1])  # (B, H, T, S)
         check_heads_mask("Transformer", memory_mask, scores, "memory_mask")
@@ -354,7 +365,7 @@ class Transformer(nn.Module):
             return mask
         scores = (len(mask), self.config.n_heads, T, mask.shape[-1])  # (B, H, T, S)
         check_heads_mask("Transformer", given, scores, name)
-        return mask & given
+        return mask & (causal_mask(T, device=mask.device) if given is CAUSAL else given)
 
 
 @contextmanager

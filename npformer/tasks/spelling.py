@@ -19,7 +19,8 @@ LETTERS = {"æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "
 LETTERS |= {"ŧ": "t", "ŋ": "ng", "ı": "i", "ĳ": "ij"}
 APOSTROPHES = "’‘‛ʼʻʹ′`´ꞌ"
 HYPHENS = "‐‑‒–−﹣"
-AROUND = frozenset("'\"“”„‟‚«»‹›.,;:!?¡¿…()[]{}-—―™®℠")  # what may stand around a word, unspoken
+# What may stand around a word, unspoken
+AROUND = frozenset("'\"“”„‟‚«»‹›「」『』《》〈〉.,;:!?¡¿…、。()[]{}-—―™®℠")
 PLAIN = LETTERS | dict.fromkeys(APOSTROPHES, "'") | dict.fromkeys(HYPHENS, "-")
 
 
@@ -31,7 +32,7 @@ def plain(text: str) -> str:
 @lru_cache(maxsize=4096)
 def _plain(character: str) -> str:
     kind, _, code = unicodedata.decomposition(character).partition(" ")
-    if kind == "<wide>":  # Ａ, as in East Asian type
+    if kind in ("<wide>", "<narrow>"):  # Ａ, as in East Asian type
         character = chr(int(code, 16))
     # casefold knows ligatures (ﬁ) and ß; NFD parts a letter from its accents, and nothing else
     parts = unicodedata.normalize("NFD", character.casefold())
@@ -70,7 +71,8 @@ def spell(text: str) -> Spelling:
 
 def variant(text: str) -> tuple[str, int]:
     """ "tomato(2)", as the dictionary numbers the ways to say a word -> tomato, 2; without, 0."""
-    found = re.fullmatch(r"(.*[^(])\(([1-9][0-9]?)\)", plain(text), re.DOTALL)
+    around = re.escape("".join(AROUND))
+    found = re.fullmatch(rf"(.*[a-z][^(]*)\(([1-9][0-9]?)\)[{around}]*", plain(text), re.DOTALL)
     return (found[1], int(found[2])) if found else (text, 0)
 
 

@@ -1,14 +1,15 @@
 """What pytest_npformer.py loads when its option is given: the cases as pytest items.
 
 Under pytest-xdist each process asks some of the cases, and the one that has started them says what
-came of all: a convention explains an operation only if all its cases agree.
+came of all: a convention explains an operation only if all its cases agree.  The cases follow from
+the options, so that only statuses and answers go from one to the other, as numbers and bytes.
 """
 
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from npformer.testing.cases import LEVELS, Case, make_cases, parse_fixed
@@ -24,6 +25,7 @@ class Kit:
         self.config = config
         self.worker: Worker | None = None
         self.verdicts: dict[int, Verdict] = {}  # of each case, by its place among them
+        self.packed: dict[int, Packed] = {}  # those of other processes
 
     def option(self, name: str) -> Any:
         return self.config.getoption(f"--npformer-{name}")
@@ -65,23 +67,43 @@ class Kit:
             self.worker.close()
         left: dict[str, Any] | None = getattr(self.config, "workeroutput", None)
         if left is not None:  # what a process of pytest-xdist leaves to the one that started it
-            left["npformer"] = pickle.dumps(self.verdicts)
+            left["npformer"] = {i: _packed(verdict) for i, verdict in self.verdicts.items()}
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
         left = getattr(node, "workeroutput", None) or {}  # nothing of one that has crashed
-        if "npformer" in left:
-            self.verdicts |= pickle.loads(left["npformer"])
+        self.packed |= left.get("npformer", {})
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for line in self.conventions():
             terminalreporter.write_line(line)
 
     def conventions(self) -> Iterator[str]:
+        if any(status == "failed" for status, _ in self.packed.values()):  # else none is asked for
+            cases = self.cases(self.option("examples"))
+            self.verdicts |= {i: _unpacked(cases[i], *each) for i, each in self.packed.items()}
         in_order = [verdict for _, verdict in sorted(self.verdicts.items())]
         for (level, op), group in Report(in_order).groups().items():
             if meaning := explained(group):
                 yield f"{level}.{op}: {meaning}"
+
+
+Packed = tuple[str, dict[str, tuple[str, tuple[int, ...], bytes]] | None]  # a status, an answer
+
+
+def _packed(verdict: Verdict) -> Packed:
+    """All that a convention is found by, in what pytest-xdist can send: no pickle."""
+    if verdict.answer is None:
+        return verdict.status, None
+    return verdict.status, {
+        name: (x.dtype.str, x.shape, x.tobytes()) for name, x in verdict.answer.items()
+    }
+
+
+def _unpacked(case: Case, status: str, answer: Any) -> Verdict:
+    if answer is not None:
+        answer = {k: np.ndarray(shape, dtype, data) for k, (dtype, shape, data) in answer.items()}
+    return Verdict(case, status, answer=answer)
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """Call somebody else's code, which may raise, hang, crash or write to what it was given.
 
 It runs in a process of its own, that can be ended and started anew without losing the other cases.
+
+That process is no prison: the code runs as whoever started the kit, and may do all that they may.
+Answers come through a pipe of multiprocessing, which pickles; an adapter that sent something else
+could do nothing with it that it cannot do at once.  No file and no other user can write there.
 """
 
 import copy
