@@ -110,4 +110,6 @@ def shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """A scalar of NumPy or of torch, or an array of no axes, as Python's number."""
+    if type(value) is int:  # also the symbol that stands for one while torch compiles
+        return value
     return value.item() if getattr(value, "ndim", None) == 0 else value
