@@ -411,7 +411,8 @@ LARGE = {
     "[recipe]\nbatch_size = 1000000\n": "batch_size must be at most 65536, got 1000000",
     f"[recipe]\nsteps = {10**400}\n": "steps must be at most 1000000000, got 1000",
     f"[recipe]\nsteps = 1{'0' * 5000}\n": "large.toml: a line is longer than 1000 bytes",
-    f"[recipe]\nrate = {'[' * 990}\n": "large.toml: not TOML (",
+    f"[recipe]\nrate = {'[' * 10**5}\n": "large.toml: larger than",
+    f"[recipe]\nrate = {'[' * 900}\n": "large.toml: not TOML (",
     "[recipe]\nrate = inf\n": "rate must be positive, got inf",
 }
 
