@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from npformer import cli, presets, streams, tasks
+from npformer import TransformerConfig, checkpoint, cli, presets, streams, tasks
 from npformer.testing import exchange
+from npformer.testing.models import make_model
 
 LOCALES = {
     "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -19,6 +21,9 @@ LOCALES = {
 }
 PROGRAMS = ["npformer.cli", "npformer.testing.__main__", "torchformer.parallel"]
 PROGRAMS += [f"benchmarks.{name}" for name in ("__main__", "training", "tables", "gpu.__main__")]
+SORTS = TransformerConfig(
+    13, 13, d_model=8, n_heads=2, d_ff=8, n_encoder_layers=1, n_decoder_layers=1, max_len=12
+)
 
 
 def run(command, code, **environment):
@@ -128,6 +133,53 @@ def test_training_goes_on_where_its_output_cannot_be_written(tmp_path):
         out, err = run(f"npformer {train}{end}", 0)
         assert (out, err) == ("", "npformer: the output is closed; the work goes on without it\n")
         assert (tmp_path / str(i) / "model.safetensors").exists()
+
+
+def test_training_goes_on_where_its_terminal_is_closed(tmp_path):
+    """Both streams are gone then, and the bar in mid-line; a nohup or disown kept it alive."""
+    (tmp_path / "c.toml").write_text(
+        "[model]\nd_model = 8\nn_heads = 2\nd_ff = 8\nn_encoder_layers = 1\nn_decoder_layers = 1\n"
+        "[recipe]\ndev_examples = 2\n",
+        "utf-8",
+    )
+    ours, theirs = os.openpty()
+    line = f"train sort --steps 400 --config {tmp_path}/c.toml --out {tmp_path}/a".split()
+    training = subprocess.Popen(
+        [sys.executable, "-m", "npformer", *line],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    assert b"Training sort" in os.read(ours, 1000)
+    os.close(ours)
+    assert training.wait(timeout=300) == 0
+    assert "results" in json.loads((tmp_path / "a" / "run.json").read_text("utf-8"))
+
+
+def test_predictions_in_json_are_one_list_that_comes_item_by_item(tmp_path, monkeypatch, capsys):
+    """300 MB of line breaks took 30 GB: all was kept for the end."""
+    make_model(SORTS, 0).save(tmp_path)
+    about = {"task": "sort", "backend": "numpy", "seed": 0, "recipe": {}}
+    checkpoint.save_json(tmp_path / "run.json", about)
+    seen = []
+
+    def arriving():
+        yield ["31"]
+        seen.append(capsys.readouterr().out)
+        yield ["x", "3"]
+
+    monkeypatch.setattr(streams, "arriving", arriving)
+    assert cli.main(["predict", str(tmp_path), "--json"]) == 2
+    assert '"input": "31"' in seen[0]
+    text = seen[0] + capsys.readouterr().out
+    found = json.loads(text)
+    assert [item["input"] for item in found] == ["31", "x", "3"]
+    assert text == json.dumps(found, indent=2) + "\n"
+    monkeypatch.setattr(streams, "arriving", lambda: iter([]))
+    assert cli.main(["predict", str(tmp_path), "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
 
 
 def test_a_reader_that_has_gone_ends_a_program_silently_as_any_other():
