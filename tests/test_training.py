@@ -208,17 +208,22 @@ def test_a_card_that_only_emulates_bfloat16_is_refused(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's tracer looks at it itself
 def test_compiled_layers_take_the_same_steps(monkeypatch):
-    """By the backend that only traces: a graph break would be an error."""
+    """By the backend that only traces: a graph break would be an error.
+
+    Models and batches of several sizes: from the second on, sizes are symbols.
+    """
     task = tasks.load("sort")
     config, recipe = small(task)
     config = replace(config, **presets.NO_DROPOUT)
     compile = torch.compile  # of the loss, and behind Module.compile
     monkeypatch.setattr(torch, "compile", lambda f, **o: compile(f, **o, backend="eager"))
-    plain = torchformer.training.Trainer(config, recipe, 3)
-    compiled = torchformer.training.Trainer(config, recipe, 3, compiled=True)
-    for i in range(1, 4):
-        batch = task.batch(i, 8, seed=3)
-        assert compiled.step(batch, 1e-3) == pytest.approx(plain.step(batch, 1e-3), rel=1e-5)
+    for width, heads in ((16, 4), (24, 2), (12, 3)):
+        sized = replace(config, d_model=width, n_heads=heads)
+        plain = torchformer.training.Trainer(sized, recipe, 3)
+        compiled = torchformer.training.Trainer(sized, recipe, 3, compiled=True)
+        for i, n in enumerate((8, 8, 7), 1):
+            batch = task.batch(i, n, seed=3)
+            assert compiled.step(batch, 1e-3) == pytest.approx(plain.step(batch, 1e-3), rel=1e-5)
 
 
 def test_out_of_memory_says_the_batch_that_would_fit(monkeypatch):

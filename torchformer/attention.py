@@ -98,7 +98,8 @@ def check_heads_mask(
     fits = mask.shape == (T, S)
     if mask.ndim == 4:
         b, h, t, s = mask.shape
-        fits = b in (1, B) and h in (1, H) and t in (1, T) and s == S
+        # Not `b in (1, B)`: compiled for any size, that would be False
+        fits = (b == 1 or b == B) and (h == 1 or h == H) and (t == 1 or t == T) and s == S
     if not fits:
         wrong = f"does not broadcast to (B, H, T, S) = {scores}"
         if mask.ndim == 3:

@@ -31,11 +31,11 @@ def attention_weights(q: Tensor, k: Tensor, mask: Mask = None) -> Tensor:
     """
     scale = q.shape[-1] ** -0.5
     scores = q @ k.mT * scale  # (..., T, S)
-    scores = _masked(scores, mask)
-    if scores.is_cuda and torch.is_autocast_enabled("cuda"):
-        scores = scores.float()  # as it would be inside, where the backward does not expect it
+    visible = _masked(scores, mask)
+    if torch.is_autocast_enabled(q.device.type):
+        visible = visible.float()  # as autocast has it for F.softmax; it does not know this one
     safe_softmax = torch.ops.aten._safe_softmax  # SDPA's own: a row of -inf becomes 0
-    return safe_softmax(scores, -1)
+    return safe_softmax(visible, -1)
 
 
 def _masked(scores: Tensor, mask: Mask) -> Tensor:

@@ -138,11 +138,7 @@ class Worker:
     def __init__(self, target, good, seed, numbers):
         self.rest, self.buffer, self.current = list(numbers), b"", None
         self.pipe, theirs = os.pipe()
-        with warnings.catch_warnings():
-            # JAX, should another test have loaded it, warns that its threads are not in the child:
-            # nobody there asks for them
-            warnings.filterwarnings("ignore", "os.fork.. was called", RuntimeWarning)
-            self.pid = os.fork()
+        self.pid = os.fork()
         if self.pid == 0:
             code = 1
             try:
