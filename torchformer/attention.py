@@ -52,7 +52,9 @@ class MultiHeadAttention(nn.Module):
         With q = query W_Qᵀ + b_Q, and k, v in the same way, cut into H slices q_h, k_h, v_h.
         """
         _check_rank(query=query, key=key, value=value)
-        self._check_mask(mask, query, key.shape[1])
+        B, T, C = query.shape
+        shape = (B, C // self.d_head, T, key.shape[1])  # (B, H, T, S)
+        check_heads_mask("MultiHeadAttention", mask, shape)
         q = self.q_proj(query)  # (B, T, C)
         k = self.k_proj(key)  # (B, S, C)
         v = self.v_proj(value)  # (B, S, C)
@@ -70,14 +72,12 @@ class MultiHeadAttention(nn.Module):
 
     def ask(self, query: Tensor, offered: KeyValues, mask: Mask = None) -> Tensor:
         """query (B, T, C)   offered (B, H, S, D)   mask -> (B, H, T, S)   ->   y (B, T, C)"""
-        self._check_mask(mask, query, offered.length)
+        B, T, C = query.shape
+        shape = (B, C // self.d_head, T, offered.length)  # (B, H, T, S)
+        check_heads_mask("MultiHeadAttention", mask, shape)
         q = self.q_proj(query)
         yh = ops.attention(split_heads(q, self.d_head), offered.keys, offered.values, mask)
         return self.out_proj(merge_heads(yh))
-
-    def _check_mask(self, mask: Mask, query: Tensor, S: int) -> None:
-        B, T, C = query.shape
-        check_heads_mask("MultiHeadAttention", mask, (B, C // self.d_head, T, S))
 
 
 def check_heads_mask(
